@@ -1,0 +1,68 @@
+"""Very large image corpora into CLIP embeddings worth keeping.
+
+from clipindex import embed, classify
+
+embed("shards/{000..999}.tar", "out", model="ViT-B-32", pretrained="laion2b_s34b_b79k")
+print(classify("out", classes="classnames.txt").acc1)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from clipindex.version import __version__
+
+if TYPE_CHECKING:
+    from clipindex.embed_job import EmbedSummary, embed
+    from clipindex.errors import ClipindexError
+    from clipindex.models import load_model
+    from clipindex.packing import PackSummary, pack
+    from clipindex.shards import list_shards, read_samples
+    from clipindex.store import read_dataset, read_embeddings, read_rejects
+    from clipindex.types import ModelSpec
+    from clipindex.zeroshot import ClassifySummary, build_classifier, classify, classify_images
+
+_HOMES = {
+    "ClassifySummary": "zeroshot",
+    "ClipindexError": "errors",
+    "EmbedSummary": "embed_job",
+    "ModelSpec": "types",
+    "PackSummary": "packing",
+    "build_classifier": "zeroshot",
+    "classify": "zeroshot",
+    "classify_images": "zeroshot",
+    "embed": "embed_job",
+    "list_shards": "shards",
+    "load_model": "models",
+    "pack": "packing",
+    "read_dataset": "store",
+    "read_embeddings": "store",
+    "read_rejects": "store",
+    "read_samples": "shards",
+}
+
+__all__ = [
+    "ClassifySummary",
+    "ClipindexError",
+    "EmbedSummary",
+    "ModelSpec",
+    "PackSummary",
+    "__version__",
+    "build_classifier",
+    "classify",
+    "classify_images",
+    "embed",
+    "list_shards",
+    "load_model",
+    "pack",
+    "read_dataset",
+    "read_embeddings",
+    "read_rejects",
+    "read_samples",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the module holds
+    """Import a public name when it is first used: PyTorch alone takes seconds."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'clipindex' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"clipindex.{_HOMES[name]}"), name)

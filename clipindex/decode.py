@@ -1,0 +1,137 @@
+"""Encoded image bytes to the uint8 pixels that a model's own transform would have seen.
+
+The reference is open_clip's inference transform, applied to what Pillow opens: resize in the image's own mode, crop,
+then convert to RGB; EXIF orientation is not applied. Common JPEGs take a faster way to the same pixels (libjpeg-turbo,
+then PyTorch's antialiased uint8 resize: within 2/255 of the reference); everything else takes the reference itself.
+"""
+
+import io
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import simplejpeg
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image, UnidentifiedImageError
+
+from clipindex.errors import SampleError
+from clipindex.types import Preprocess, UInt8Array
+
+MAX_PIXELS = 178_956_970
+"""Twice Pillow's warning level, where Pillow itself refuses: an image of half a gigabyte once decoded."""
+
+_FAST_COLORSPACES = ("YCbCr", "Gray", "GRAY")
+
+
+def decode_image(data: bytes, preprocess: Preprocess, out: UInt8Array) -> tuple[int, int]:
+    """Decode one image into place.
+
+    Args:
+        data: The encoded image; its content says what it is, not a name.
+        preprocess: Target size and how to get there; mean and std are left to the device.
+        out: Written: uint8 RGB [H, W, 3], of the target size.
+
+    Returns:
+        Width and height of the source image in pixels.
+
+    Raises:
+        SampleError: The bytes are no whole image, or one of more than `MAX_PIXELS`.
+    """
+    if data[:3] == b"\xff\xd8\xff" and preprocess.resize_mode != "longest" and _is_square(preprocess):
+        size = _decode_jpeg(data, preprocess, out)
+        if size is not None:
+            return size
+    return _decode_reference(data, preprocess, out)
+
+
+def _is_square(preprocess: Preprocess) -> bool:
+    """Whether 'shortest' is torchvision's plain resize; to other shapes open_clip has a rule of its own."""
+    return preprocess.resize_mode == "squash" or preprocess.size[0] == preprocess.size[1]
+
+
+def _decode_jpeg(data: bytes, preprocess: Preprocess, out: UInt8Array) -> tuple[int, int] | None:
+    """Decode a JPEG with libjpeg-turbo; None where it is not sound, for the reference to decide upon."""
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        if colorspace not in _FAST_COLORSPACES:
+            return None
+        _check_pixels(width, height, preprocess)
+        pixels = simplejpeg.decode_jpeg(data, colorspace="RGB")
+    except ValueError as error:
+        if isinstance(error, SampleError):
+            raise
+        return None
+    _resize(pixels, preprocess, out)
+    return width, height
+
+
+def _resize(pixels: UInt8Array, preprocess: Preprocess, out: UInt8Array) -> None:
+    """Resize and centre-crop as torchvision's Resize and CenterCrop do on a PIL image."""
+    height, width = preprocess.size
+    if preprocess.resize_mode == "shortest":
+        scaled_height, scaled_width = _shortest_side(pixels.shape[0], pixels.shape[1], height)
+    else:
+        scaled_height, scaled_width = height, width
+    # A view: NHWC memory seen as NCHW is channels_last, which the kernel resizes without a copy.
+    image = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
+    if image.shape[2:] != (scaled_height, scaled_width):
+        image = torch.nn.functional.interpolate(
+            image, (scaled_height, scaled_width), mode=preprocess.interpolation, antialias=True
+        )
+    top, left = round((scaled_height - height) / 2), round((scaled_width - width) / 2)
+    out[:] = image[0, :, top : top + height, left : left + width].permute(1, 2, 0).numpy()
+
+
+def _shortest_side(height: int, width: int, size: int) -> tuple[int, int]:
+    """Target height and width: the shorter side at `size`, the longer one cut to an integer, as torchvision does."""
+    if width <= height:
+        return int(size * height / width), size
+    return size, int(size * width / height)
+
+
+def _decode_reference(data: bytes, preprocess: Preprocess, out: UInt8Array) -> tuple[int, int]:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            _check_pixels(width, height, preprocess)
+            out[:] = np.asarray(_reference_transform(preprocess)(image))
+            return width, height
+    except (SampleError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's plugins raise whatever their parsers met
+        raise SampleError(_reason(error, data)) from error
+
+
+@lru_cache
+def _reference_transform(preprocess: Preprocess) -> Any:  # noqa: ANN401 - torchvision is untyped
+    """open_clip's own inference transform, stopped before it leaves uint8."""
+    transform = image_transform_v2(
+        PreprocessCfg(
+            size=preprocess.size,
+            interpolation=preprocess.interpolation,
+            resize_mode=preprocess.resize_mode,
+            fill_color=preprocess.fill_color,
+        ),
+        is_train=False,
+    )
+    transform.transforms = transform.transforms[:-2]
+    return transform
+
+
+def _check_pixels(width: int, height: int, preprocess: Preprocess) -> None:
+    """Refuse what would not fit memory, before or after the resize: 1 x 20,000 pixels become 224 x 4,480,000."""
+    if preprocess.resize_mode == "shortest":
+        scaled_height, scaled_width = _shortest_side(height, width, max(preprocess.size))
+    else:
+        scaled_height, scaled_width = preprocess.size
+    if max(width * height, scaled_width * scaled_height) > MAX_PIXELS:
+        raise SampleError(f"{width} x {height} pixels, resized {scaled_width} x {scaled_height}: above {MAX_PIXELS}")
+
+
+def _reason(error: Exception, data: bytes) -> str:
+    if not data:
+        return "empty"
+    if isinstance(error, UnidentifiedImageError):
+        return f"no image that Pillow knows; begins with {data[:12]!r}"
+    return f"{type(error).__name__}: {error}"

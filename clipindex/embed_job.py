@@ -1,0 +1,189 @@
+"""The embedding job: which shards to run, running them, and what to say afterwards."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from clipindex.encode import ImageTower, choose_device, choose_precision
+from clipindex.errors import FingerprintError, UsageError
+from clipindex.fileio import atomic_write
+from clipindex.models import load_model
+from clipindex.pipeline import Progress, embed_shards
+from clipindex.shards import list_shards
+from clipindex.store import DTYPES, Dataset, ShardRecord, open_dataset, published_shards
+from clipindex.types import ModelSpec, Shard
+from clipindex.version import CREATED_BY
+
+CPU_BATCH_SIZE = 64
+CUDA_BATCH_SIZE = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Shards of a run, sorted by what is to be done with them."""
+
+    todo: Sequence[Shard]
+    done: Sequence[Shard]
+    """Published before."""
+    changed: Sequence[Shard]
+    """Published before from a tar that has changed since; run again only on `refresh`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbedSummary:
+    """What a run did; DIR/summary.json holds the same."""
+
+    out: str
+    model: str
+    fingerprint: str
+    device: str
+    precision: str
+    batch_size: int
+    shards: int
+    """Named by the sources."""
+    shards_done_before: int
+    shards_embedded: int
+    shards_changed: list[str]
+    """URLs of tars that differ from what their published rows were made of, and were left so."""
+    shards_failed: dict[str, str]
+    """URL and why; these are not published."""
+    samples: int
+    """Of this run, as all counts below."""
+    rows: int
+    rejects: int
+    rejects_by_stage: dict[str, int]
+    seconds: float
+    """From the first shard on; loading the model apart."""
+    images_per_s: float
+
+    @property
+    def reject_rate(self) -> float:
+        """Rejects of all samples, 0 to 1."""
+        return self.rejects / self.samples if self.samples else 0.0
+
+
+def embed(
+    sources: str | Iterable[str],
+    out: str | Path,
+    *,
+    model: str,
+    pretrained: str | None = None,
+    random_init: int | None = None,
+    quick_gelu: bool | None = None,
+    dtype: str = "float16",
+    batch_size: int | None = None,
+    decode_threads: int | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    refresh: bool = False,
+    on_plan: Callable[[Plan], None] = lambda plan: None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> EmbedSummary:
+    """Embed every image of the sources' tars into Parquet shards below `out`.
+
+    Shards that are published there already are passed over, so that a run which was stopped, at whatever moment, is
+    finished by calling this again.
+
+    Args:
+        sources: Tars: paths, folders, globs, brace ranges, URLs, ``@FILE`` lists; see `shards.list_shards`.
+        out: The embedding directory, made where there is none.
+        model: open_clip architecture, ``hf-hub:…``, ``local-dir:…``, a directory, or ``demo``; see `models.load_model`.
+        pretrained: open_clip tag or local weights file.
+        random_init: Seed of random weights in place of trained ones.
+        quick_gelu: Activation of a weights file that does not say.
+        dtype: Of the embedding column: 'float16', or 'float32' for readers that know no half floats.
+        batch_size: Images at once; 64 on a CPU and 256 on CUDA by default.
+        decode_threads: One for each core by default.
+        device: 'auto', 'cpu', 'cuda' or 'cuda:N'.
+        precision: 'auto', 'bf16', 'fp16' or 'fp32'.
+        refresh: Embed changed tars again.
+        on_plan: Called once, before the first shard.
+        on_progress: Called after every batch.
+
+    Raises:
+        ClipindexError: Whatever is the caller's to mend; its kinds are in `errors`. A shard that breaks is no error:
+            the others go on, and the summary names it.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"batch size {batch_size}: give at least 1")
+    shards = list_shards([sources] if isinstance(sources, str) else sources)
+    chosen_device = choose_device(device)
+    chosen_precision = choose_precision(precision, chosen_device)
+    size = batch_size or (CUDA_BATCH_SIZE if chosen_device.type == "cuda" else CPU_BATCH_SIZE)
+    spec = ModelSpec(name=model, pretrained=pretrained, random_init=random_init, quick_gelu=quick_gelu)
+    encoder = ImageTower(load_model(spec), device=chosen_device, precision=chosen_precision)
+    folder = Path(out)
+    dataset = open_dataset(folder, encoder.info, dtype, CREATED_BY)
+    plan = _plan(shards, published_shards(folder), dataset, refresh)
+    on_plan(plan)
+
+    records: list[ShardRecord] = []
+    failed: dict[str, str] = {}
+    stages: Counter[str] = Counter()
+    started = time.perf_counter()
+    for result in embed_shards(
+        plan.todo,
+        encoder,
+        folder,
+        dataset,
+        batch_size=size,
+        decode_threads=decode_threads,
+        precision=chosen_precision,
+        device=str(chosen_device),
+        on_progress=on_progress,
+    ):
+        if result.record is None:
+            failed[result.shard.url] = str(result.error)
+        else:
+            records.append(result.record)
+            stages += result.reject_stages
+    seconds = time.perf_counter() - started
+    samples = sum(record.samples for record in records)
+    summary = EmbedSummary(
+        out=str(folder),
+        model=encoder.info.spec.name,
+        fingerprint=encoder.info.fingerprint,
+        device=str(chosen_device),
+        precision=chosen_precision,
+        batch_size=size,
+        shards=len(shards),
+        shards_done_before=len(plan.done),
+        shards_embedded=len(records),
+        shards_changed=[shard.url for shard in plan.changed],
+        shards_failed=failed,
+        samples=samples,
+        rows=sum(record.rows for record in records),
+        rejects=sum(record.rejects for record in records),
+        rejects_by_stage=dict(sorted(stages.items())),
+        seconds=round(seconds, 3),
+        images_per_s=round(samples / seconds, 1) if samples else 0.0,
+    )
+    with atomic_write(folder / "summary.json") as file:
+        file.write(json.dumps(asdict(summary), indent=2).encode() + b"\n")
+    return summary
+
+
+def _plan(shards: Sequence[Shard], published: dict[str, ShardRecord], dataset: Dataset, refresh: bool) -> Plan:
+    todo: list[Shard] = []
+    done: list[Shard] = []
+    changed: list[Shard] = []
+    for shard in shards:
+        record = published.get(shard.name)
+        if record is None:
+            todo.append(shard)
+            continue
+        if record.fingerprint != dataset.model.fingerprint:
+            raise FingerprintError(
+                f"embeddings/{shard.name}.parquet is of another model ({record.fingerprint[:12]}) than its directory"
+                f" ({dataset.model.fingerprint[:12]}); delete it and run again"
+            )
+        if (record.size, record.version) == (shard.size, shard.version):
+            done.append(shard)
+        else:
+            (todo if refresh else changed).append(shard)
+    return Plan(todo=todo, done=done, changed=changed)

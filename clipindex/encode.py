@@ -1,0 +1,279 @@
+"""One tower of a model on a device: uint8 pixels or texts in, unit vectors out."""
+
+import copy
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock, Transformer
+from torch import nn
+
+from clipindex.errors import ModelError, UsageError
+from clipindex.models import LoadedModel
+from clipindex.types import Float32Array, UInt8Array
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_TEXT_BATCH = 256
+_TEXT_LENGTH_STEP = 16  # tokens; few shapes, so that similar texts are computed alike
+_QUICK_GELU_SLOPE = 1.702  # QuickGELU(x) = x * sigmoid(1.702 x), Hendrycks & Gimpel 2016
+_CPU_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # the last is how Linux spells it on arm
+_CPU_FP16_FLAGS = {"avx512_fp16", "amx_fp16", "asimdhp"}
+_AMPERE = (8, 0)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that a name means on this machine.
+
+    Args:
+        name: 'auto' (CUDA where there is one, else the CPU), 'cpu', 'cuda' or 'cuda:N'.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device {name!r} is not a device; give auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r} is not supported; give auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {name!r} is not here: {torch.cuda.device_count()} CUDA devices found; give auto")
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """The precision of the weights that a name means on a device.
+
+    Args:
+        name: 'auto' (16 bits where the hardware multiplies such matrices, else 'fp32'), 'bf16', 'fp16' or
+            'fp32'.
+        device: Where the tower will run.
+
+    Returns:
+        'bf16', 'fp16' or 'fp32'.
+
+    Raises:
+        UsageError: no such precision, or fp16 on a CPU without fp16 instructions.
+    """
+    if name == "auto":
+        if device.type == "cuda":
+            return "bf16" if torch.cuda.get_device_capability(device) >= _AMPERE else "fp16"
+        return "bf16" if _CPU_BF16_FLAGS & _cpu_flags() else "fp32"
+    if name not in PRECISIONS:
+        raise UsageError(f"precision {name!r} is unknown; give auto, {', '.join(PRECISIONS)}")
+    # PyTorch emulates it there one number at a time: slower than fp32 by a factor that makes a job look hung.
+    if name == "fp16" and device.type == "cpu" and not _CPU_FP16_FLAGS & _cpu_flags():
+        raise UsageError("fp16 on this CPU runs many times slower than fp32; give bf16 or fp32")
+    return name
+
+
+@cache
+def _cpu_flags() -> frozenset[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux: nothing is known, so nothing is assumed
+        return frozenset()
+    flags = (line.partition(":")[2] for line in lines if line.lower().startswith(("flags", "features")))
+    return frozenset(next(flags, "").split())
+
+
+class ImageTower:
+    """The image tower of a model on a device; the text tower is let go.
+
+    Args:
+        loaded: The model. With fp32 on the CPU its tensors are shared, otherwise converted copies are made.
+        device: Where to run.
+        precision: Of the weights: 'bf16', 'fp16' or 'fp32'.
+    """
+
+    def __init__(self, loaded: LoadedModel, *, device: torch.device, precision: str) -> None:
+        self.info = loaded.info
+        self._device = device
+        self._dtype = PRECISIONS[precision]
+        self._tower = _placed(loaded.model.get_submodule("visual"), device, self._dtype)
+        preprocess = loaded.info.preprocess
+        mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (preprocess.mean, preprocess.std))
+        # (x / 255 - mean) / std as one multiply-add
+        self._scale, self._shift = 1 / (255 * std), -mean / std
+
+    @torch.inference_mode()
+    def encode(self, images: UInt8Array) -> tuple[Float32Array, Float32Array]:
+        """Embed images.
+
+        Args:
+            images: uint8 RGB [N, H, W, 3] of the model's size; copied to the device without waiting where the
+                memory is pinned.
+
+        Returns:
+            Unit embeddings, float32 [N, D], and the lengths of the raw features, float32 [N]. Not-a-number
+            passes through and shows in the lengths.
+
+        Raises:
+            ModelError: the tower gives something other than one vector an image.
+        """
+        if not len(images):
+            return np.empty((0, self.info.dim), np.float32), np.empty(0, np.float32)
+        # from_numpy warns of read-only memory; only such arrays are copied here.
+        pixels = torch.from_numpy(np.require(images, np.uint8, ["C", "W"]))
+        pixels = pixels.to(self._device, non_blocking=pixels.is_pinned())
+        # NHWC read as NCHW is channels_last, the order in which convolutions are fastest: no transposition.
+        nchw = pixels.permute(0, 3, 1, 2).to(torch.float32)
+        features = self._tower(torch.addcmul(self._shift, nchw, self._scale).to(self._dtype))
+        return _unit(features, self.info.dim)
+
+
+class TextTower:
+    """The text tower of a model on a device; the image tower is let go.
+
+    Args:
+        loaded: The model. With fp32 on the CPU its tensors are shared, otherwise converted copies are made.
+        device: Where to run.
+        precision: Of the weights: 'bf16', 'fp16' or 'fp32'.
+    """
+
+    def __init__(self, loaded: LoadedModel, *, device: torch.device, precision: str) -> None:
+        self.info = loaded.info
+        self._device = device
+        self._tokenize = loaded.tokenize
+        others = [module for name, module in loaded.model.named_children() if name in ("visual", "text_decoder")]
+        self._model: open_clip.CLIP = _placed(loaded.model, device, PRECISIONS[precision], without=others)
+        _run_sequence_first(self._model)
+        self._text: nn.Module = getattr(self._model, "text", self._model)
+        self._context = _causal_context(self._text)
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str]) -> Float32Array:
+        """Embed texts as unit vectors, float32 [N, D], in batches of fixed size.
+
+        Raises:
+            ModelError: the model's tokenizer cannot be loaded.
+        """
+        if not len(texts):
+            return np.empty((0, self.info.dim), np.float32)
+        parts = []
+        for start in range(0, len(texts), _TEXT_BATCH):
+            tokens = self._shortened(self._tokenize(texts[start : start + _TEXT_BATCH]))
+            features = self._model.encode_text(tokens.to(self._device), normalize=False)
+            parts.append(_unit(features, self.info.dim)[0])
+        return np.concatenate(parts)
+
+    def _shortened(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The tokens up to the longest text's end: under a causal mask nothing after it reaches the pooled token.
+
+        A prompt of ten tokens otherwise costs the 77 of the context.
+        """
+        if self._context is None:
+            return tokens
+        mask, positions = self._context
+        longest = int(tokens.argmax(1).max()) + 1
+        length = min(-(-longest // _TEXT_LENGTH_STEP) * _TEXT_LENGTH_STEP, len(positions))
+        self._text.attn_mask = mask[:length, :length]
+        self._text.positional_embedding = nn.Parameter(positions[:length], requires_grad=False)
+        return tokens[:, :length]
+
+
+def _unit(features: torch.Tensor | tuple[torch.Tensor, ...], dim: int) -> tuple[Float32Array, Float32Array]:
+    # CoCa's towers also give their tokens.
+    pooled = features[0] if isinstance(features, tuple) else features
+    if pooled.ndim != 2 or pooled.shape[1] != dim:
+        raise ModelError(
+            f"the tower gives {list(pooled.shape)} instead of [N, {dim}]: it is not pooled to one vector; "
+            "use a model whose pool_type is not 'none'"
+        )
+    raw = pooled.to(torch.float32)
+    norms = torch.linalg.vector_norm(raw, dim=1)
+    unit = raw / norms.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    return unit.cpu().numpy(), norms.cpu().numpy()
+
+
+def _placed(
+    module: nn.Module, device: torch.device, dtype: torch.dtype, without: Sequence[nn.Module] = ()
+) -> nn.Module:
+    """A copy of a module whose tensors are on a device in a precision; tensors that need no change are shared.
+
+    The tensors are put where deepcopy looks for what it has copied already, so there is never a second fp32
+    copy, and the modules in `without` are replaced by nothing in the same way.
+    """
+    left_out = {id(part) for root in without for part in root.modules()}
+    memo: dict[int, object] = {id(root): nn.Identity() for root in without}
+    scales = {} if dtype == torch.float32 else dict(_fold_quick_gelu(module, memo))
+    for part in module.modules():
+        if id(part) in left_out:
+            continue
+        kept = dtype if _takes_low_precision(part, device) else torch.float32
+        for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
+            scale = scales.get(id(tensor), 1.0)
+            memo[id(tensor)] = _converted(tensor, device, kept, scale)
+    return copy.deepcopy(module, memo)
+
+
+def _takes_low_precision(part: nn.Module, device: torch.device) -> bool:
+    """Whether a module's own tensors may be of 16 bits.
+
+    All do but those of normalisations, whose arithmetic is in fp32 in every case. BatchNorm takes 16-bit
+    pixels with fp32 statistics on every device. LayerNorm and GroupNorm do so on the CPU in one pass; CUDA
+    wants one dtype, and its kernels widen to fp32 inside, so there rounding the two vectors is all that 16
+    bits cost, where widening the input by hand would move five times the bytes.
+    """
+    if isinstance(part, nn.modules.batchnorm._BatchNorm):
+        return False
+    if isinstance(part, (nn.LayerNorm, nn.GroupNorm)):
+        return device.type == "cuda" and not type(part).__name__.endswith("Fp32")
+    return True
+
+
+def _fold_quick_gelu(module: nn.Module, memo: dict[int, object]) -> Iterator[tuple[int, float]]:
+    """Turn each QuickGELU into one fused SiLU by scaling the two layers around it, before they are rounded.
+
+    x sigmoid(a x) = silu(a x) / a, so a goes into the layer before and 1/a into the layer after. QuickGELU
+    is three passes over the widest activation: 2 % of a bf16 ViT-B/32's time on a CPU, and by the bytes they
+    move about a fifth of it on a GPU whose matrix products are faster.
+    """
+    for part in module.modules():
+        if not isinstance(part, nn.Sequential) or not isinstance(getattr(part, "gelu", None), QuickGELU):
+            continue
+        layers = [layer for layer in part if not isinstance(layer, (nn.Identity, QuickGELU))]
+        if len(layers) != 2 or not all(isinstance(layer, nn.Linear) for layer in layers):
+            continue
+        before, after = layers
+        memo[id(part.gelu)] = nn.SiLU(inplace=True)
+        yield id(before.weight), _QUICK_GELU_SLOPE
+        yield id(before.bias), _QUICK_GELU_SLOPE
+        yield id(after.weight), 1 / _QUICK_GELU_SLOPE
+
+
+def _causal_context(text: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Mask and position embeddings of a tower that pools at the highest token and looks back only, else None."""
+    pooling = getattr(text, "text_pool_type", getattr(text, "pool_type", None))
+    mask, positions = getattr(text, "attn_mask", None), getattr(text, "positional_embedding", None)
+    if pooling != "argmax" or mask is None or positions is None or getattr(text, "cls_emb", None) is not None:
+        return None
+    return mask, positions.detach()
+
+
+def _run_sequence_first(module: nn.Module) -> None:
+    """Let text transformers run as [L, N, D] inside.
+
+    A float mask keeps nn.MultiheadAttention off its fast path, and its slow path transposes batch-first input
+    without copying it; the linear layer after that then copies its weight once for each token.
+    """
+    for part in module.modules():
+        if isinstance(part, Transformer) and all(isinstance(b, ResidualAttentionBlock) for b in part.resblocks):
+            part.batch_first = False
+            for block in part.resblocks:
+                block.attn.batch_first = False
+
+
+def _converted(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype, scale: float) -> torch.Tensor:
+    """The tensor itself where nothing changes; integers keep their dtype."""
+    kept = dtype if tensor.is_floating_point() else tensor.dtype
+    if scale == 1 and tensor.device == device and tensor.dtype == kept:
+        return tensor
+    moved = (tensor if scale == 1 else tensor * scale).to(device, kept)
+    return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved

@@ -1,0 +1,271 @@
+"""Where bytes come from and how files appear: URLs in, atomic publishing out.
+
+Reading goes through fsspec for remote schemes and the operating system for local paths. No URL runs a program:
+``pipe:`` and every scheme outside `REMOTE_SCHEMES` is refused.
+"""
+
+import contextlib
+import io
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from clipindex.errors import SourceError
+
+REMOTE_SCHEMES = ("s3", "http", "https", "hf", "gs", "gcs", "az", "abfs")
+READ_BUFFER_BYTES = 1 << 20
+"""One system call (or range request, times eight) for many tar members."""
+STALE_AFTER_S = 86_400
+"""Age at which another host's temporary file is taken for the remains of a dead run."""
+
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
+
+
+def is_remote(url: str) -> bool:
+    """Say whether a source is reached through fsspec.
+
+    Raises:
+        SourceError: The scheme is not one of `REMOTE_SCHEMES`.
+    """
+    match = _SCHEME.match(url)
+    if match is None or (os.path.exists(url) and "://" not in url):
+        return False
+    scheme = match.group(1).lower()
+    if scheme == "file":
+        return False
+    if scheme not in REMOTE_SCHEMES or "::" in url:
+        raise SourceError(
+            f"{url}: sources of this kind are refused; give a path or one of {', '.join(REMOTE_SCHEMES)}://…"
+        )
+    return True
+
+
+def local_path(url: str) -> str:
+    """Absolute path of a local source, without ``file://``."""
+    return os.path.abspath(os.path.expanduser(url.removeprefix("file://")))
+
+
+def remote_filesystem(url: str) -> tuple[Any, str]:
+    """The fsspec file system that serves a URL, and the URL's path in it.
+
+    Raises:
+        SourceError: The package that speaks the scheme is not installed, or it refuses its settings.
+    """
+    import fsspec
+
+    try:
+        return cast("tuple[Any, str]", fsspec.core.url_to_fs(url))
+    except (ImportError, ValueError) as error:
+        raise SourceError(f"{url}: {error}") from error
+
+
+def stat_source(url: str) -> tuple[int, str]:
+    """Size in bytes, and a version that changes with the content: ``mtime:NS`` or ``etag:…``.
+
+    Raises:
+        SourceError: The source cannot be reached.
+    """
+    if not is_remote(url):
+        try:
+            stat = os.stat(local_path(url))
+        except OSError as error:
+            raise SourceError(f"{url}: {error.strerror}; check the path") from error
+        return stat.st_size, f"mtime:{stat.st_mtime_ns}"
+    filesystem, path = remote_filesystem(url)
+    with _remote_errors(url):
+        info = filesystem.info(path)
+    for field in ("ETag", "etag", "blob_id", "LastModified", "last_modified", "mtime"):
+        if info.get(field):
+            return int(info.get("size") or 0), f"{field.lower()}:{info[field]}"
+    return int(info.get("size") or 0), ""
+
+
+def open_source(url: str) -> BinaryIO:
+    """Open a source for sequential reading, buffered.
+
+    Raises:
+        SourceError: The source cannot be opened.
+    """
+    if not is_remote(url):
+        try:
+            return open(local_path(url), "rb", buffering=READ_BUFFER_BYTES)
+        except OSError as error:
+            raise SourceError(f"{url}: {error.strerror}; check the path and its permissions") from error
+    filesystem, path = remote_filesystem(url)
+    with _remote_errors(url):
+        raw = filesystem.open(path, "rb", block_size=8 * READ_BUFFER_BYTES, cache_type="readahead")
+    return io.BufferedReader(_Raw(raw), READ_BUFFER_BYTES)
+
+
+def read_range(url: str, offset: int, size: int) -> bytes:
+    """Read ``[offset, offset + size)`` of a source: one seek, or one range request.
+
+    Raises:
+        SourceError: The source cannot be opened or is shorter than that.
+    """
+    if is_remote(url):
+        filesystem, path = remote_filesystem(url)
+        with _remote_errors(url):
+            data: bytes = filesystem.cat_file(path, start=offset, end=offset + size)
+    else:
+        with open_source(url) as file:
+            file.seek(offset)
+            data = file.read(size)
+    if len(data) != size:
+        raise SourceError(f"{url}: no {size} bytes at offset {offset}; the file was cut or replaced")
+    return data
+
+
+@contextlib.contextmanager
+def _remote_errors(url: str) -> Iterator[None]:
+    try:
+        yield
+    except SourceError:
+        raise
+    except Exception as error:  # every fsspec back end raises a family of its own
+        raise SourceError(f"{url}: {type(error).__name__}: {error}") from error
+
+
+class _Raw(io.RawIOBase):
+    """An fsspec file as a raw stream, so that BufferedReader serves small reads without Python in between."""
+
+    def __init__(self, file: Any) -> None:  # noqa: ANN401 - fsspec is untyped
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - a writable buffer has no public type before 3.12
+        data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+class AtomicFile:
+    """A file that appears under its name whole and synced to disk, or not at all."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        owner = f"{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
+        self._temporary = self.path.parent / f".{self.path.name}.{owner}.tmp"
+        self.file: BinaryIO = open(self._temporary, "xb")
+
+    def commit(self) -> None:
+        """Sync, rename into place, sync the folder; on any failure nothing is left behind."""
+        try:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+            os.replace(self._temporary, self.path)
+        except BaseException:
+            self.abort()
+            raise
+        sync_folder(self.path.parent)
+
+    def abort(self) -> None:
+        """Drop what was written; safe to call twice."""
+        with contextlib.suppress(OSError):  # a full disk fails the flush in close, and the bytes go anyway
+            self.file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Write a file that appears under its name only when the block ends without an error."""
+    atomic = AtomicFile(path)
+    try:
+        yield atomic.file
+    except BaseException:
+        atomic.abort()
+        raise
+    atomic.commit()
+
+
+def create_exclusive(path: Path, data: bytes) -> bool:
+    """Publish a whole file only if none has that name; False if one has. Two runs agree on one winner.
+
+    A hard link is atomic and fails if the name is taken, on local file systems and NFS alike.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
+    return True
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_stale_temporaries(folder: Path) -> int:
+    """Remove temporary files of runs that are dead: this host's by process id, other hosts' by age."""
+    removed = 0
+    for path in folder.glob(".*.tmp") if folder.is_dir() else ():
+        if _is_stale(path):
+            path.unlink(missing_ok=True)
+            removed += 1
+    return removed
+
+
+def _is_stale(path: Path) -> bool:
+    parts = path.name.split(".")  # …NAME, HOST, PID, TOKEN, tmp
+    if len(parts) < 6 or not parts[-3].isdecimal():
+        return False
+    if parts[-4] == _host():
+        return not _is_alive(int(parts[-3]))
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime > STALE_AFTER_S
+    return False
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
+
+
+def list_files(url: str, keep: Callable[[str], bool]) -> list[str]:
+    """Files below a local or remote folder whose name passes `keep`, sorted by path; hidden ones left out.
+
+    Raises:
+        SourceError: A remote folder cannot be listed.
+    """
+    if not is_remote(url):
+        found = (path for path in Path(local_path(url)).rglob("*") if path.is_file())
+        return sorted(str(path) for path in found if keep(path.name) and not path.name.startswith("."))
+    filesystem, path = remote_filesystem(url)
+    with _remote_errors(url):
+        return sorted(filesystem.unstrip_protocol(name) for name in filesystem.find(path) if keep(name))

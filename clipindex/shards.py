@@ -1,0 +1,251 @@
+"""Shards of a corpus, and the samples in a shard.
+
+A sample is all neighbouring members of a tar that share a key, as WebDataset defines it
+(https://github.com/webdataset/webdataset#the-webdataset-format). Every sample comes out once: as a `Sample`, or as a
+`Reject` that says why it cannot be one. Members called ``__…__`` are a shard's own notes by that format, no samples.
+"""
+
+import glob
+import gzip
+import hashlib
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from clipindex.errors import ShardError, SourceError
+from clipindex.fileio import is_remote, list_files, local_path, open_source, remote_filesystem, stat_source
+from clipindex.tar import Member, read_members
+from clipindex.types import Reject, Sample, Shard
+
+IMAGE_EXTENSIONS = tuple(
+    "webp png jpg jpeg jfif bmp gif tif tiff jp2 j2k avif heic heif ppm pgm pbm pnm tga ico".split()
+)
+"""Looked up in this order; the first four, in theirs, are those of CLIP_benchmark's data sets."""
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+MAX_MEMBER_BYTES = 256 << 20
+"""Largest member that is taken into memory; camera originals stay below a quarter of it."""
+
+_IMAGE_RANK = {extension: rank for rank, extension in enumerate(IMAGE_EXTENSIONS)}
+_LABEL_RANGE = range(-(2**31), 2**31)
+_NOTE = re.compile(r"__[^/]*__($|/)")
+
+
+def list_shards(sources: Iterable[str]) -> list[Shard]:
+    """Find the tars that the sources name, each once, in a stable order.
+
+    Args:
+        sources: Paths, folders (every tar below), globs, brace ranges (``{000..999}.tar``), URLs, or ``@FILE`` with one
+            of these a line.
+
+    Raises:
+        SourceError: A source names nothing, cannot be reached or is of a refused kind; or a folder holds fewer or more
+            tars than its ``nshards.txt`` says.
+    """
+    urls = list(dict.fromkeys(url for source in sources for url in _expand(str(source))))
+    with ThreadPoolExecutor(16) as pool:  # a remote source answers one question a round trip
+        return list(pool.map(_describe, urls))
+
+
+def shard_name(url: str) -> str:
+    """Stem of a shard's output files: readable, and unique through a hash of the whole URL."""
+    parts = re.split(r"[/\\]", re.sub(r"(\.tar|\.tar\.gz|\.tgz)$", "", url))
+    readable = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", part) for part in parts[-2:] if part)
+    return f"{readable[-80:]}-{hashlib.sha256(url.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+
+
+def read_samples(shard: Shard) -> Iterator[Sample | Reject]:
+    """Stream a shard's samples, in tar order; memory holds one sample at a time.
+
+    Raises:
+        ShardError: The stream breaks; what came before is not the whole shard.
+        SourceError: The tar cannot be opened.
+    """
+    with open_source(shard.url) as file:
+        try:
+            compressed = file.peek(2)[:2] == b"\x1f\x8b"  # type: ignore[attr-defined]
+            stream = cast("BinaryIO", gzip.open(file)) if compressed else file
+            yield from _group(read_members(stream, _wants), seekable=not compressed)
+        except (EOFError, OSError, zlib.error, ShardError) as error:
+            raise ShardError(f"{shard.url}: {error}") from error
+
+
+def _describe(url: str) -> Shard:
+    size, version = stat_source(url)
+    return Shard(url=url, name=shard_name(url), size=size, version=version)
+
+
+def _expand(source: str) -> list[str]:
+    if source.startswith("@"):
+        return [url for line in _list_lines(source[1:]) for url in _expand(line)]
+    if "{" in source and not os.path.exists(local_path(source)):
+        from braceexpand import braceexpand
+
+        return [url for expanded in braceexpand(source) for url in _expand_globs(expanded)]
+    return _expand_globs(source)
+
+
+def _list_lines(path: str) -> list[str]:
+    with open_source(path) as file:
+        lines = file.read().decode("utf-8-sig").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def _expand_globs(source: str) -> list[str]:
+    if is_remote(source):
+        return _expand_remote(source)
+    path = local_path(source)
+    if os.path.isdir(path):
+        return _tars_below(path)
+    if os.path.exists(path):
+        return [path]
+    found = sorted(glob.glob(path, recursive=True), key=_natural)
+    if not found:
+        raise SourceError(f"{source}: no such file, folder or glob match")
+    return [url for match in found for url in (_tars_below(match) if os.path.isdir(match) else [match])]
+
+
+def _expand_remote(source: str) -> list[str]:
+    if source.lower().endswith(TAR_SUFFIXES) and "*" not in source:
+        return [source]
+    if "*" not in source:
+        return _tars_below(source)
+    filesystem, path = remote_filesystem(source)
+    found = sorted((filesystem.unstrip_protocol(match) for match in filesystem.glob(path)), key=_natural)
+    if not found:
+        raise SourceError(f"{source}: no match")
+    return found
+
+
+def _tars_below(folder: str) -> list[str]:
+    tars = sorted(list_files(folder, lambda name: name.lower().endswith(TAR_SUFFIXES)), key=_natural)
+    if not tars:
+        raise SourceError(f"{folder}: no {' or '.join(TAR_SUFFIXES)} file below this folder")
+    if not is_remote(folder):
+        _check_counts(tars)
+    return tars
+
+
+def _check_counts(tars: Sequence[str]) -> None:
+    """A split that says how many shards it has must have them: a lost tar is lost rows."""
+    for folder in dict.fromkeys(os.path.dirname(tar) for tar in tars):
+        note = Path(folder) / "nshards.txt"
+        found = sum(os.path.dirname(tar) == folder for tar in tars)
+        said = note.read_text().strip() if note.is_file() else str(found)
+        if said != str(found):
+            raise SourceError(
+                f"{folder}: {found} tars, but {note.name} says {said}; fetch the rest or mend {note.name}"
+            )
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """Sort key under which 2.tar comes before 10.tar."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]
+
+
+def _split_name(name: str) -> tuple[str, str]:
+    """Key and extension: cut at the first dot of the last component, a leading dot apart."""
+    dot = name.find(".", name.rfind("/") + 2)
+    return (name, "") if dot < 0 else (name[:dot], name[dot + 1 :])
+
+
+def _wants(name: str, size: int) -> bool:
+    extension = _split_name(name)[1].lower()
+    known = extension in _IMAGE_RANK or extension in ("cls", "txt", "json") or _image_rank(extension) is not None
+    return known and size <= MAX_MEMBER_BYTES
+
+
+def _image_rank(extension: str) -> int | None:
+    """Place in the look-up order; for ``x.jpg`` and the like after every plain extension."""
+    if extension in _IMAGE_RANK:
+        return _IMAGE_RANK[extension]
+    rank = _IMAGE_RANK.get(extension.rpartition(".")[2])
+    return None if rank is None else rank + len(_IMAGE_RANK)
+
+
+def _group(members: Iterable[Member], *, seekable: bool) -> Iterator[Sample | Reject]:
+    seen: set[str] = set()
+    group: list[tuple[str, Member]] = []
+    current: str | None = None
+    for member in members:
+        if member.name.startswith("__") and _NOTE.match(member.name):
+            continue
+        key, extension = _split_name(member.name)
+        if key != current:
+            if current is not None:
+                yield _sample(current, group, seen, seekable)
+            current, group = key, []
+        group.append((extension.lower(), member))
+    if current is not None:
+        yield _sample(current, group, seen, seekable)
+
+
+def _sample(key: str, group: list[tuple[str, Member]], seen: set[str], seekable: bool) -> Sample | Reject:
+    """One row's worth of members, checked."""
+    first = group[0][1]
+    where = first.offset if seekable else None
+    if key in seen:
+        reason = f"key {key!r} came before in this tar, apart from these members: {_names(group)}"
+        return Reject(key=key, member=first.name, stage="tar", reason=reason, tar_offset=where)
+    seen.add(key)
+    repeated = len({extension for extension, _ in group}) != len(group)
+    images = sorted(
+        (rank, at) for at, (extension, _) in enumerate(group) if (rank := _image_rank(extension)) is not None
+    )
+    if repeated or not images or _ambiguous(images):
+        what = "a member twice" if repeated else "several images" if images else "no image"
+        reason = f"{what} among the members: {_names(group)}"
+        return Reject(key=key, member=first.name, stage="tar", reason=reason, tar_offset=where)
+    image = group[images[0][1]][1]
+    where = image.offset if seekable else None
+    if image.data is None:
+        odd = f"{image.size} bytes, more than {MAX_MEMBER_BYTES}" if image.kind == "file" else f"a {image.kind}"
+        return Reject(key=key, member=image.name, stage="tar", reason=f"the image is {odd}", tar_offset=where)
+    fields = {extension: member for extension, member in group if extension in ("cls", "txt", "json")}
+    try:
+        return Sample(
+            key=key,
+            member=image.name,
+            image=image.data,
+            tar_offset=where,
+            label=_label(fields.get("cls")),
+            caption=_text(fields.get("txt")),
+            meta=_text(fields.get("json")),
+        )
+    except ValueError as error:
+        return Reject(key=key, member=image.name, stage="label", reason=str(error), tar_offset=where)
+
+
+def _ambiguous(images: list[tuple[int, int]]) -> bool:
+    """Whether the best-ranked image is a compound extension with a rival: left.jpg beside right.jpg."""
+    return images[0][0] >= len(_IMAGE_RANK) and len(images) > 1
+
+
+def _names(group: list[tuple[str, Member]]) -> str:
+    names = [member.name for _, member in group[:4]]
+    return ", ".join(names) + (f" and {len(group) - 4} more" if len(group) > 4 else "")
+
+
+def _label(member: Member | None) -> int | None:
+    text = _text(member)
+    if member is None or text is None:
+        return None
+    try:
+        label = int(text)
+    except ValueError:
+        raise ValueError(f"{member.name}: {text[:40]!r} is no integer label") from None
+    if label not in _LABEL_RANGE:
+        raise ValueError(f"{member.name}: label {label} does not fit 32 bits")
+    return label
+
+
+def _text(member: Member | None) -> str | None:
+    if member is None:
+        return None
+    if member.data is None:
+        odd = f"{member.size} bytes" if member.kind == "file" else f"a {member.kind}"
+        raise ValueError(f"{member.name} is {odd}")
+    return member.data.decode("utf-8", "backslashreplace")

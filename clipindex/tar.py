@@ -1,0 +1,223 @@
+"""Members of a tar stream, read header by header.
+
+The formats are POSIX.1-2001 ustar and pax interchange (IEEE Std 1003.1, utility `pax`) and GNU tar's extensions
+(GNU tar manual, appendix "Tar Internals"). A general reader builds an object of twenty fields for each member; an image
+corpus needs a name, an offset and the bytes, and reads ten times as fast without the rest. Nothing in a tar is
+executed or unpickled, and no path in it is opened.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import BinaryIO, NamedTuple
+
+from clipindex.errors import ShardError
+
+BLOCK_BYTES = 512
+MAX_EXTENSION_BYTES = 1 << 20
+"""Longest extended header (long name, pax records) that is believed."""
+MAX_TAIL_BYTES = 1 << 20
+"""Writers pad an archive to a record of 10 KiB, by option to 1 MiB; more zeros are a download cut short."""
+
+_ZERO_BLOCK = bytes(BLOCK_BYTES)
+_EXTENSIONS = b"xXgLK"
+_KINDS = {
+    b"0": "file",
+    b"\0": "file",
+    b"7": "file",
+    b"1": "hard link",
+    b"2": "symbolic link",
+    b"3": "device",
+    b"4": "device",
+    b"5": "directory",
+    b"6": "pipe",
+    b"S": "sparse file",
+}
+_WITHOUT_DATA = ("hard link", "symbolic link", "device", "directory", "pipe")
+
+
+class Member(NamedTuple):
+    """One member of a tar, directories left out; a tuple, for there is one every few microseconds."""
+
+    name: str
+    """As in the header; bytes that are no UTF-8 appear as backslash escapes."""
+    offset: int
+    """Where its data begins, in bytes from the start of the stream."""
+    size: int
+    """Bytes of data."""
+    kind: str
+    """'file', or what else it is: 'symbolic link', 'sparse file', …"""
+    data: bytes | None
+    """The data of a file that was asked for."""
+
+
+def read_members(stream: BinaryIO, wants: Callable[[str, int], bool]) -> Iterator[Member]:
+    """Yield the members of an uncompressed tar in order.
+
+    Args:
+        stream: Read forward only, from the first header on.
+        wants: Called with a regular file's name and size; its data is passed over where this is false.
+
+    Raises:
+        ShardError: A header is damaged, the stream ends before the end-of-archive block, or data follows that block.
+    """
+    cursor = _Cursor(stream)
+    shared: dict[str, str] = {}
+    own: dict[str, str] = {}
+    while True:
+        at = cursor.offset
+        header = cursor.read(BLOCK_BYTES)
+        if header == _ZERO_BLOCK:
+            cursor.check_tail()
+            return
+        size = _size(header, at)
+        type_flag = header[156:157]
+        if type_flag in _EXTENSIONS:
+            records = _extension(type_flag, cursor.read_extension(size), at)
+            (shared if type_flag == b"g" else own).update(records)
+            continue
+        name = _name(header)
+        kind = _KINDS.get(type_flag, "member of unknown type")
+        if own or shared:
+            name, size, kind = _apply(shared | own, name, size, kind, at)
+            own = {}
+        if type_flag == b"S":
+            cursor.skip_sparse_maps(header)
+        if kind in _WITHOUT_DATA:
+            size = 0
+        offset = cursor.offset
+        data = None
+        if kind == "file" and wants(name, size):
+            data = cursor.read_data(size)
+        else:
+            cursor.skip_data(size)
+        if kind != "directory" and not name.endswith("/"):
+            yield Member(name, offset, size, kind, data)
+
+
+class _Cursor:
+    """A stream and how far it was read."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream = stream
+        self.offset = 0
+        self._seekable = stream.seekable()
+
+    def read(self, size: int) -> bytes:
+        data = self.stream.read(size)
+        self.offset += len(data)
+        if len(data) != size:
+            raise ShardError(f"truncated: ends at offset {self.offset} without an end-of-archive block")
+        return data
+
+    def read_data(self, size: int) -> bytes:
+        padded = -size % BLOCK_BYTES
+        data = self.read(size)
+        if padded:
+            self.read(padded)
+        return data
+
+    def read_extension(self, size: int) -> bytes:
+        if size > MAX_EXTENSION_BYTES:
+            raise ShardError(f"damaged: extended header of {size} bytes at offset {self.offset}")
+        return self.read_data(size)
+
+    def skip_data(self, size: int) -> None:
+        remaining = size + -size % BLOCK_BYTES
+        if self._seekable and remaining > BLOCK_BYTES:
+            # One byte short of the end, so that a stream that ends within the data is noticed.
+            self.stream.seek(remaining - 1, 1)
+            self.offset += remaining - 1
+            remaining = 1
+        while remaining:
+            remaining -= len(self.read(min(remaining, 1 << 20)))
+
+    def skip_sparse_maps(self, header: bytes) -> None:
+        more = header[482]
+        while more:
+            more = self.read(BLOCK_BYTES)[504]
+
+    def check_tail(self) -> None:
+        """After the first zero block nothing but padding may follow: tars glued together would lose the second."""
+        end = self.offset
+        while chunk := self.stream.read(1 << 16):
+            if chunk.count(0) != len(chunk):
+                raise ShardError(
+                    f"data after the end-of-archive block at offset {end}: tars glued together or zeroed in the middle;"
+                    " join tars with `tar --concatenate`"
+                )
+            self.offset += len(chunk)
+            if self.offset - end > MAX_TAIL_BYTES:
+                raise ShardError(f"more than {MAX_TAIL_BYTES} zero bytes from offset {end} on: a download cut short")
+
+
+def _size(header: bytes, at: int) -> int:
+    """Data size of a header whose checksum holds.
+
+    A tar checksum is the plain sum of the bytes with the checksum field as spaces. Adler-32 (RFC 1950) carries that sum
+    modulo 65521 in its low half, at C speed.
+    """
+    field = header[148:156]
+    stored = _octal(field, at)
+    total = (zlib.adler32(header) & 0xFFFF) - 1 - sum(field) + 8 * 32
+    if (total - stored) % 65521 and not _signed_sum(header) == stored:
+        raise ShardError(f"damaged: header checksum at offset {at} does not hold")
+    size = header[124:136]
+    if size[0] & 0x80:  # GNU base-256, for members from 8 GiB on
+        return int.from_bytes(size, "big") & ~(0xFF << 88)
+    return _octal(size, at)
+
+
+def _signed_sum(header: bytes) -> int:
+    """The sum as old tars took it, over signed characters."""
+    signed = sum(byte - 256 if byte > 127 else byte for byte in header[:148] + header[156:])
+    return signed + 8 * 32
+
+
+def _octal(field: bytes, at: int) -> int:
+    digits = field.partition(b"\0")[0].strip()
+    try:
+        return int(digits or b"0", 8)
+    except ValueError:
+        raise ShardError(f"damaged: no tar header at offset {at}") from None
+
+
+def _name(header: bytes) -> str:
+    name = header[:100].partition(b"\0")[0]
+    if header[345] and header[257:263] == b"ustar\0":
+        name = header[345:500].partition(b"\0")[0] + b"/" + name
+    return name.decode("utf-8", "backslashreplace")
+
+
+def _extension(type_flag: bytes, payload: bytes, at: int) -> dict[str, str]:
+    if type_flag == b"L":
+        return {"path": payload.partition(b"\0")[0].decode("utf-8", "backslashreplace")}
+    if type_flag == b"K":
+        return {}
+    return _pax_records(payload, at)
+
+
+def _pax_records(payload: bytes, at: int) -> dict[str, str]:
+    """Lines of "LENGTH KEY=VALUE" and a newline, LENGTH counting the whole line."""
+    records: dict[str, str] = {}
+    position = 0
+    while position < len(payload) and payload[position]:
+        digits, space, _ = payload[position : position + 20].partition(b" ")
+        end = position + int(digits) if space and digits.isdigit() else 0
+        key, equals, value = payload[position + len(digits) + 1 : end - 1].partition(b"=")
+        if not equals or end > len(payload) or payload[end - 1 : end] != b"\n":
+            raise ShardError(f"damaged: pax record in the extended header at offset {at}")
+        records[key.decode("utf-8", "backslashreplace")] = value.decode("utf-8", "backslashreplace")
+        position = end
+    return records
+
+
+def _apply(records: Mapping[str, str], name: str, size: int, kind: str, at: int) -> tuple[str, int, str]:
+    """Name, stored size and kind of a member whose extended headers override its header."""
+    if any(key.startswith("GNU.sparse.") for key in records):
+        kind = "sparse file"
+    name = records.get("GNU.sparse.name") or records.get("path") or name
+    if "size" in records:
+        if not records["size"].isdecimal():
+            raise ShardError(f"damaged: pax size {records['size']!r} at offset {at}")
+        size = int(records["size"])
+    return name, size, kind

@@ -1,0 +1,132 @@
+"""Records that one stage hands to the next.
+
+Shapes: N images of a batch, H x W target pixels, D embedding dimensions, C classes, K neighbours.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Float32Array = npt.NDArray[np.float32]
+UInt8Array = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preprocess:
+    """How an encoded image becomes the pixels that a model was trained on."""
+
+    size: tuple[int, int]
+    """Target height and width in pixels."""
+    resize_mode: str
+    """open_clip's names: 'shortest' (resize, then centre crop), 'longest' (resize, then pad) or 'squash'."""
+    interpolation: str
+    """'bicubic' or 'bilinear'; always antialiased."""
+    mean: tuple[float, float, float]
+    """Per channel, of pixels scaled to [0, 1]."""
+    std: tuple[float, float, float]
+    """Per channel, of pixels scaled to [0, 1]."""
+    fill_color: int = 0
+    """Grey level that 'longest' pads with."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSpec:
+    """What a user says to name a model."""
+
+    name: str
+    """open_clip architecture, 'hf-hub:ORG/REPO', 'local-dir:PATH', a directory, or 'demo'."""
+    pretrained: str | None = None
+    """open_clip tag or local weights file; only beside an architecture name."""
+    random_init: int | None = None
+    """Seed of random weights, in place of trained ones."""
+    quick_gelu: bool | None = None
+    """Activation of weights whose own config does not tell."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelInfo:
+    """What every embedding of a model shares; stored beside the embeddings."""
+
+    spec: ModelSpec
+    """How the model was asked for; enough to load it again."""
+    fingerprint: str
+    """Hex digest of architecture, weights and preprocessing; not of precision, decoder or device."""
+    dim: int
+    """D, dimensions of the shared image and text space."""
+    preprocess: Preprocess
+    """The transform that belongs to the weights."""
+    logit_scale: float
+    """Multiplies a cosine to give a logit (already exponentiated)."""
+    logit_bias: float | None
+    """Added to the logits of sigmoid (SigLIP) models; None for softmax models."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """One tar of a corpus, as it was when the job began."""
+
+    url: str
+    """Absolute path, or URL."""
+    name: str
+    """Stem of the files that its rows are published under: unique and stable, derived from the URL."""
+    size: int
+    """Bytes; 0 where the server does not tell."""
+    version: str
+    """Changes with the content: 'mtime:NS' or 'etag:…'; empty where nothing is known."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """All members of a tar with one key, with the image still encoded."""
+
+    key: str
+    """Member name up to the first dot of its last component."""
+    member: str
+    """Name of the image member."""
+    image: bytes
+    """The encoded image, as it lies in the tar."""
+    tar_offset: int | None
+    """Where the image's bytes begin in the tar; None in a compressed tar, where no seek leads there."""
+    label: int | None = None
+    """From `.cls`."""
+    caption: str | None = None
+    """From `.txt`."""
+    meta: str | None = None
+    """From `.json`, not parsed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reject:
+    """A sample that did not become a row, and why."""
+
+    key: str
+    member: str
+    """The member at fault, or the first one of the sample."""
+    stage: str
+    """'tar', 'decode', 'encode' or 'label'."""
+    reason: str
+    """One line for a person."""
+    tar_offset: int | None
+
+
+class ImageEncoder(Protocol):
+    """The image tower on a device, as the pipeline sees it."""
+
+    info: ModelInfo
+
+    def encode(self, images: UInt8Array) -> tuple[Float32Array, Float32Array]:
+        """Embed uint8 RGB images [N, H, W, 3]: unit embeddings [N, D] and their norms before normalising [N]."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """The text tower on a device, as the classifier sees it."""
+
+    info: ModelInfo
+
+    def encode(self, texts: Sequence[str]) -> Float32Array:
+        """Embed texts as unit vectors [N, D]."""
+        ...

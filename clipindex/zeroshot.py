@@ -1,0 +1,340 @@
+"""Zero-shot classification: embeddings searched for their nearest class vector."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clipindex.decode import decode_image
+from clipindex.encode import ImageTower, TextTower, choose_device, choose_precision
+from clipindex.errors import ClassesError, SampleError, SourceError, UsageError
+from clipindex.fileio import AtomicFile, atomic_write
+from clipindex.index import SCAN_ROWS, Neighbours, flat_index, scan
+from clipindex.metrics import ClassificationCounts
+from clipindex.models import LoadedModel, load_model
+from clipindex.prefetch import prefetch
+from clipindex.prompts import check_classes, check_templates, embed_classes, read_classes, read_templates
+from clipindex.store import EmbeddingBatch, check_fingerprint, read_dataset, read_embeddings
+from clipindex.types import Float32Array, ModelInfo, ModelSpec
+
+NUM_RANKED = 5
+"""Neighbours that acc5 needs, however few are written."""
+SCAN_THREADS = 2
+"""One multiplies while the other exponentiates; BLAS spreads the product over the cores by itself."""
+METRICS_FILE = "metrics.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassifySummary:
+    """What a classification found; metrics.json beside the predictions holds the same, and each class."""
+
+    out: str
+    """Where the predictions lie."""
+    model: str
+    fingerprint: str
+    classes: int
+    templates: int
+    rows: int
+    labelled: int
+    acc1: float | None
+    """Of labelled rows; None without any, as the next two."""
+    acc5: float | None
+    mean_per_class_recall: float | None
+    seconds: float
+    """Reading, search and writing; loading the model and embedding the prompts apart."""
+    images_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImagePrediction:
+    """The best classes of one image, best first."""
+
+    path: str
+    classes: list[str]
+    cosines: list[float]
+    probabilities: list[float]
+    """Over all classes."""
+
+
+class ZeroShotClassifier:
+    """Class names, an index of their vectors, and how the model turns cosines into probabilities."""
+
+    def __init__(self, classes: Sequence[str], vectors: Float32Array, model: ModelInfo) -> None:
+        self.classes = list(classes)
+        self.model = model
+        self.index = flat_index(vectors)
+
+    def predict(self, embeddings: np.ndarray[Any, Any], k: int) -> Neighbours:
+        """The `k` best classes, at most C, of unit embeddings [n, D] of any float type."""
+        return scan(
+            self.index,
+            np.asarray(embeddings, np.float32),
+            min(k, len(self.classes)),
+            logit_scale=self.model.logit_scale,
+            logit_bias=self.model.logit_bias,
+        )
+
+
+def build_classifier(
+    loaded: LoadedModel,
+    classes: Sequence[str],
+    templates: Sequence[str],
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    on_classes: Callable[[int], None] = lambda num_classes: None,
+) -> ZeroShotClassifier:
+    """Embed class prompts with a model's text tower.
+
+    Args:
+        loaded: The model.
+        classes: Class names.
+        templates: Prompt templates with `{c}`.
+        device: Where to run it.
+        precision: As in `embed_job.embed`.
+        on_classes: Called with the number of classes embedded so far.
+
+    Raises:
+        ClassesError: Names or templates cannot define a classifier.
+        ModelError: The model's tokenizer cannot be had.
+    """
+    check_classes(classes, "classes")
+    check_templates(templates, "templates")
+    chosen = choose_device(device)
+    tower = TextTower(loaded, device=chosen, precision=choose_precision(precision, chosen))
+    return ZeroShotClassifier(classes, embed_classes(tower, classes, templates, on_classes), loaded.info)
+
+
+def classify(
+    folder: str | Path,
+    *,
+    classes: str | Path | Sequence[str],
+    templates: str | Path | Sequence[str] = "simple",
+    top: int = 5,
+    model: ModelSpec | None = None,
+    out: str | Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    on_classes: Callable[[int], None] = lambda num_classes: None,
+    on_progress: Callable[[int], None] = lambda num_rows: None,
+) -> ClassifySummary:
+    """Classify a directory of embeddings without training, and measure the accuracy where rows have labels.
+
+    Args:
+        folder: The embedding directory.
+        classes: A file with a name a line, or the names.
+        templates: A file, a built-in set (`prompts.TEMPLATE_SETS`), or the templates.
+        top: Classes to write for each image.
+        model: How to load the model, where the directory's record does not lead to its weights on this machine.
+        out: Where predictions go; `folder`/predictions by default.
+        device: Where to run the text tower.
+        precision: Of the text tower.
+        on_classes: Called with the number of classes whose prompts are embedded.
+        on_progress: Called with the number of rows classified.
+
+    Returns:
+        The summary; predictions lie in `out`, a Parquet file a shard, beside metrics.json.
+
+    Raises:
+        ClassesError: Class names or templates will not do, or a label is beyond the class list.
+        FingerprintError: The embeddings are not of `model`.
+        ClipindexError: Others of its kinds; see `errors`.
+    """
+    if top < 1:
+        raise UsageError(f"top {top}: give at least 1")
+    folder = Path(folder)
+    dataset = read_dataset(folder)
+    names = read_classes(classes) if isinstance(classes, str | Path) else classes
+    prompts = read_templates(templates) if isinstance(templates, str | Path) else templates
+    loaded = load_model(model or dataset.model.spec)
+    check_fingerprint(folder, dataset.model, loaded.info)
+    classifier = build_classifier(loaded, names, prompts, device=device, precision=precision, on_classes=on_classes)
+    target = Path(out) if out is not None else folder / "predictions"
+    counts = ClassificationCounts(len(names))
+    _remove_predictions(target)
+    started = time.perf_counter()
+    shards, rows = _predict_all(folder, classifier, target, top, counts, on_progress)
+    seconds = time.perf_counter() - started
+    measured = counts.overall()
+    summary = ClassifySummary(
+        out=str(target),
+        model=dataset.model.spec.name,
+        fingerprint=dataset.model.fingerprint,
+        classes=len(names),
+        templates=len(prompts),
+        rows=rows,
+        labelled=int(measured["labelled"] or 0),
+        acc1=measured["acc1"],
+        acc5=measured["acc5"],
+        mean_per_class_recall=measured["mean_per_class_recall"],
+        seconds=round(seconds, 3),
+        images_per_s=round(rows / seconds, 1),
+    )
+    per_class = [
+        {"id": at, "name": name, **c} for at, (name, c) in enumerate(zip(names, counts.per_class(), strict=True))
+    ]
+    document = {**asdict(summary), "prompts": list(prompts), "per_class": per_class, "shards": shards}
+    with atomic_write(target / METRICS_FILE) as file:
+        file.write(json.dumps(document, indent=2).encode() + b"\n")
+    return summary
+
+
+def classify_images(
+    paths: Sequence[str | Path],
+    loaded: LoadedModel,
+    classifier: ZeroShotClassifier,
+    *,
+    top: int = 5,
+    device: str = "auto",
+    precision: str = "auto",
+) -> list[ImagePrediction]:
+    """Classify image files with the classifier's own model.
+
+    Raises:
+        SourceError: A file cannot be read.
+        SampleError: A file is no image.
+    """
+    chosen = choose_device(device)
+    tower = ImageTower(loaded, device=chosen, precision=choose_precision(precision, chosen))
+    predictions = []
+    for path in paths:
+        pixels = np.empty((1, *tower.info.preprocess.size, 3), np.uint8)
+        try:
+            decode_image(Path(path).read_bytes(), tower.info.preprocess, pixels[0])
+        except OSError as error:
+            raise SourceError(f"{path}: {error.strerror}") from error
+        except SampleError as error:
+            raise SampleError(f"{path}: {error}") from error
+        found = classifier.predict(tower.encode(pixels)[0], top)
+        predictions.append(
+            ImagePrediction(
+                path=str(path),
+                classes=[classifier.classes[at] for at in found.ids[0]],
+                cosines=found.cosines[0].tolist(),
+                probabilities=found.probabilities[0].tolist(),
+            )
+        )
+    return predictions
+
+
+def _predict_all(
+    folder: Path,
+    classifier: ZeroShotClassifier,
+    target: Path,
+    top: int,
+    counts: ClassificationCounts,
+    on_progress: Callable[[int], None],
+) -> tuple[list[str], int]:
+    """Classify every row; reading, searching and writing each have a thread."""
+    rows = 0
+    names = pa.array(classifier.classes, pa.string())
+    with (
+        ThreadPoolExecutor(SCAN_THREADS) as pool,
+        contextlib.closing(prefetch(read_embeddings(folder, ("key", "label")), 2)) as batches,
+        contextlib.closing(prefetch(_search(batches, classifier, max(top, NUM_RANKED), pool), 2)) as found,
+        _PredictionWriter(target) as writer,
+    ):
+        for batch, neighbours in found:
+            _count(batch, neighbours, classifier, counts)
+            writer.write(batch.shard.name, _table(batch, neighbours, names, top))
+            rows += len(neighbours.ids)
+            on_progress(rows)
+    return writer.shards, rows
+
+
+def _search(
+    batches: Iterable[EmbeddingBatch], classifier: ZeroShotClassifier, k: int, pool: ThreadPoolExecutor
+) -> Iterator[tuple[EmbeddingBatch, Neighbours]]:
+    for batch in batches:
+        starts = range(0, len(batch.embedding), SCAN_ROWS)
+        parts = list(pool.map(lambda at: classifier.predict(batch.embedding[at : at + SCAN_ROWS], k), starts))  # noqa: B023
+        yield batch, Neighbours(*(np.concatenate(field) for field in zip(*parts, strict=True)))
+
+
+def _count(
+    batch: EmbeddingBatch, found: Neighbours, classifier: ZeroShotClassifier, counts: ClassificationCounts
+) -> None:
+    labels = batch.columns["label"]
+    labelled = np.asarray(labels.is_valid())
+    values = labels.fill_null(0).to_numpy()
+    beyond = np.flatnonzero(labelled & ((values < 0) | (values >= len(classifier.classes))))
+    if len(beyond):
+        raise ClassesError(
+            f"label {values[beyond[0]]} of key {batch.columns['key'][int(beyond[0])].as_py()!r} ({batch.shard.url}) is"
+            f" beyond the {len(classifier.classes)} classes (ids 0 to {len(classifier.classes) - 1});"
+            " give the class file that the labels count in"
+        )
+    counts.add(values[labelled], found.ids[labelled])
+
+
+def _table(batch: EmbeddingBatch, found: Neighbours, names: pa.StringArray, top: int) -> pa.Table:
+    top = min(top, len(names))
+    ids, cosines, probabilities = (pa.array(np.ascontiguousarray(field[:, :top]).reshape(-1)) for field in found)
+
+    def lists(values: pa.Array) -> pa.Array:
+        return pa.FixedSizeListArray.from_arrays(values, top)
+
+    return pa.table(
+        {
+            "key": batch.columns["key"],
+            "shard": pa.repeat(batch.shard.name, len(found.ids)),
+            "label": batch.columns["label"],
+            "class_id": lists(ids),
+            "class_name": lists(names.take(ids)),
+            "cosine": lists(cosines),
+            "probability": lists(probabilities),
+        }
+    )
+
+
+class _PredictionWriter:
+    """One predictions file a shard, each appearing when its last row is in."""
+
+    def __init__(self, target: Path) -> None:
+        self.shards: list[str] = []
+        self._target = target
+        self._file: AtomicFile | None = None
+        self._parquet: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> "_PredictionWriter":
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        if error_type is None:
+            self._finish()
+        elif self._file is not None and self._parquet is not None:
+            with contextlib.suppress(OSError, pa.ArrowException):  # closing writes, perhaps to a full disk
+                self._parquet.close()
+            self._file.abort()
+
+    def write(self, shard: str, table: pa.Table) -> None:
+        if not self.shards or self.shards[-1] != shard:
+            self._finish()
+            self.shards.append(shard)
+            self._file = AtomicFile(self._target / f"{shard}.parquet")
+            self._parquet = pq.ParquetWriter(self._file.file, table.schema, compression="zstd")
+        assert self._parquet is not None
+        self._parquet.write_table(table)
+
+    def _finish(self) -> None:
+        if self._file is not None and self._parquet is not None:
+            self._parquet.close()
+            self._file.commit()
+        self._file = self._parquet = None
+
+
+def _remove_predictions(target: Path) -> None:
+    """Remove an earlier run's files, by its own list of them, so that two class lists never mix."""
+    metrics = target / METRICS_FILE
+    if metrics.exists():
+        for shard in json.loads(metrics.read_bytes()).get("shards", []):
+            (target / f"{shard}.parquet").unlink(missing_ok=True)
+        metrics.unlink()
