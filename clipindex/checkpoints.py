@@ -13,6 +13,7 @@ import huggingface_hub
 import safetensors
 import safetensors.torch
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from clipindex.errors import ModelError
@@ -72,8 +73,9 @@ class HubRepo:
 
     @property
     def origin(self) -> str:
-        """The name that a user would give."""
-        return _HUB_PREFIX + self.repo
+        """The name that a user would give, with a word on what was searched."""
+        offline = " (only what is cached, as HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+        return _HUB_PREFIX + self.repo + offline
 
     def get(self, name: str) -> Path | None:
         """Cached or downloaded path of `name`; None only where the Hub says that it does not exist.
@@ -85,7 +87,7 @@ class HubRepo:
         try:
             return Path(huggingface_hub.hf_hub_download(self.repo, name))
         except LocalEntryNotFoundError as error:
-            if huggingface_hub.constants.HF_HUB_OFFLINE:
+            if constants.HF_HUB_OFFLINE:
                 return None
             raise ModelError(
                 f"{self.origin}: cannot reach the Hugging Face Hub for {name}; check the network, or "
@@ -94,7 +96,7 @@ class HubRepo:
             ) from error
         except EntryNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except Exception as error:  # the Hub's client lets those of its HTTP library through
             first_line = str(error).strip().split("\n")[0]
             raise ModelError(
                 f"{self.origin}: cannot fetch {name} ({type(error).__name__}: {first_line}); check the "

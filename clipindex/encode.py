@@ -143,9 +143,10 @@ class TextTower:
         self._tokenize = loaded.tokenize
         others = [module for name, module in loaded.model.named_children() if name in ("visual", "text_decoder")]
         self._model: open_clip.CLIP = _placed(loaded.model, device, PRECISIONS[precision], without=others)
-        _run_sequence_first(self._model)
         self._text: nn.Module = getattr(self._model, "text", self._model)
         self._context = _causal_context(self._text)
+        if getattr(self._text, "attn_mask", None) is not None:
+            _run_sequence_first(self._text)
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> Float32Array:
@@ -258,7 +259,7 @@ def _causal_context(text: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None
 
 
 def _run_sequence_first(module: nn.Module) -> None:
-    """Let text transformers run as [L, N, D] inside.
+    """Let masked transformers run as [L, N, D] inside.
 
     A float mask keeps nn.MultiheadAttention off its fast path, and its slow path transposes batch-first input
     without copying it; the linear layer after that then copies its weight once for each token.

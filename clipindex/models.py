@@ -138,8 +138,15 @@ def _build(recipe: Recipe) -> open_clip.CLIP:
         try:
             return kind(**config).float()
         except Exception as error:  # open_clip asserts, and timm and transformers raise their own kinds
-            reason = f"{type(error).__name__}: {error}"
-            raise ModelError(f"{recipe.origin}: open_clip cannot build this architecture ({reason})") from error
+            raise ModelError(_cannot_build(recipe, error)) from error
+
+
+def _cannot_build(recipe: Recipe, error: Exception) -> str:
+    message = f"{recipe.origin}: open_clip cannot build this architecture ({type(error).__name__}: {error})"
+    text_tower = recipe.model_cfg["text_cfg"].get("hf_model_name")
+    if text_tower:
+        message += f"; its text tower needs pip install transformers, and {text_tower} from the Hugging Face Hub"
+    return message
 
 
 def _fit(model: open_clip.CLIP, recipe: Recipe) -> None:

@@ -11,7 +11,6 @@ encoded bytes of the samples in them.
 """
 
 import itertools
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -24,9 +23,9 @@ import numpy as np
 from clipindex.decode import decode_image
 from clipindex.errors import SampleError, ShardError, SourceError, StoreError
 from clipindex.fileio import stat_source
-from clipindex.prefetch import prefetch
 from clipindex.shards import read_samples
 from clipindex.store import Dataset, ShardRecord, ShardWriter
+from clipindex.threads import num_cores, prefetch
 from clipindex.types import Float32Array, ImageEncoder, Preprocess, Reject, Sample, Shard, UInt8Array
 
 BATCHES_AHEAD = 2
@@ -35,11 +34,6 @@ DECODE_CHUNK = 8
 """Images a decode task: about 10 ms of work, against 50 microseconds that a task costs under the GIL."""
 EVENTS_PER_SLOT = 4
 """A batch is sent on when it has this many events a slot, so that a tar full of rejects cannot fill memory."""
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

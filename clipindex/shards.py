@@ -13,7 +13,6 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import BinaryIO, cast
 
 from clipindex.errors import ShardError, SourceError
@@ -26,6 +25,7 @@ IMAGE_EXTENSIONS = tuple(
 )
 """Looked up in this order; the first four, in theirs, are those of CLIP_benchmark's data sets."""
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+COUNT_FILE = "nshards.txt"
 MAX_MEMBER_BYTES = 256 << 20
 """Largest member that is taken into memory; camera originals stay below a quarter of it."""
 
@@ -121,24 +121,22 @@ def _expand_remote(source: str) -> list[str]:
 
 
 def _tars_below(folder: str) -> list[str]:
-    tars = sorted(list_files(folder, lambda name: name.lower().endswith(TAR_SUFFIXES)), key=_natural)
+    files = list_files(folder, lambda name: name.lower().endswith(TAR_SUFFIXES) or name.endswith(COUNT_FILE))
+    tars = sorted((file for file in files if not file.endswith(COUNT_FILE)), key=_natural)
     if not tars:
         raise SourceError(f"{folder}: no {' or '.join(TAR_SUFFIXES)} file below this folder")
-    if not is_remote(folder):
-        _check_counts(tars)
+    for note in files:
+        if note.rsplit("/", 1)[-1] == COUNT_FILE:
+            _check_count(note, [tar for tar in tars if os.path.dirname(tar) == os.path.dirname(note)])
     return tars
 
 
-def _check_counts(tars: Sequence[str]) -> None:
+def _check_count(note: str, tars: Sequence[str]) -> None:
     """A split that says how many shards it has must have them: a lost tar is lost rows."""
-    for folder in dict.fromkeys(os.path.dirname(tar) for tar in tars):
-        note = Path(folder) / "nshards.txt"
-        found = sum(os.path.dirname(tar) == folder for tar in tars)
-        said = note.read_text().strip() if note.is_file() else str(found)
-        if said != str(found):
-            raise SourceError(
-                f"{folder}: {found} tars, but {note.name} says {said}; fetch the rest or mend {note.name}"
-            )
+    with open_source(note) as file:
+        said = file.read().decode("utf-8", "replace").strip()
+    if said != str(len(tars)):
+        raise SourceError(f"{note} says {said}, but there are {len(tars)} tars beside it; fetch the rest or mend it")
 
 
 def _natural(text: str) -> list[tuple[int, str]]:

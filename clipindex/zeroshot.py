@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from threadpoolctl import threadpool_limits
 
 from clipindex.decode import decode_image
 from clipindex.encode import ImageTower, TextTower, choose_device, choose_precision
@@ -20,15 +21,13 @@ from clipindex.fileio import AtomicFile, atomic_write
 from clipindex.index import SCAN_ROWS, Neighbours, flat_index, scan
 from clipindex.metrics import ClassificationCounts
 from clipindex.models import LoadedModel, load_model
-from clipindex.prefetch import prefetch
 from clipindex.prompts import check_classes, check_templates, embed_classes, read_classes, read_templates
 from clipindex.store import EmbeddingBatch, check_fingerprint, read_dataset, read_embeddings
+from clipindex.threads import num_cores, prefetch
 from clipindex.types import Float32Array, ModelInfo, ModelSpec
 
 NUM_RANKED = 5
 """Neighbours that acc5 needs, however few are written."""
-SCAN_THREADS = 2
-"""One multiplies while the other exponentiates; BLAS spreads the product over the cores by itself."""
 METRICS_FILE = "metrics.json"
 
 
@@ -161,7 +160,7 @@ def classify(
     counts = ClassificationCounts(len(names))
     _remove_predictions(target)
     started = time.perf_counter()
-    shards, rows = _predict_all(folder, classifier, target, top, counts, on_progress)
+    shards, rows = predict_directory(folder, classifier, target, top, counts, on_progress)
     seconds = time.perf_counter() - started
     measured = counts.overall()
     summary = ClassifySummary(
@@ -225,7 +224,7 @@ def classify_images(
     return predictions
 
 
-def _predict_all(
+def predict_directory(
     folder: Path,
     classifier: ZeroShotClassifier,
     target: Path,
@@ -233,11 +232,29 @@ def _predict_all(
     counts: ClassificationCounts,
     on_progress: Callable[[int], None],
 ) -> tuple[list[str], int]:
-    """Classify every row; reading, searching and writing each have a thread."""
+    """Classify every row of a directory; reading, searching and writing each have a thread.
+
+    Args:
+        folder: The embedding directory.
+        classifier: Of the same model.
+        target: Where the predictions go.
+        top: Classes to write for each image.
+        counts: Added to, from the rows that have labels.
+        on_progress: Called with the number of rows classified.
+
+    Returns:
+        Names of the shards that have predictions, and the number of rows.
+
+    Raises:
+        ClassesError: A label is beyond the class list.
+        StoreError: A file is damaged.
+    """
     rows = 0
     names = pa.array(classifier.classes, pa.string())
     with (
-        ThreadPoolExecutor(SCAN_THREADS) as pool,
+        # A product of its own for each core: BLAS threads that wait for each other lose most of a busy machine.
+        threadpool_limits(1, user_api="blas"),
+        ThreadPoolExecutor(num_cores()) as pool,
         contextlib.closing(prefetch(read_embeddings(folder, ("key", "label")), 2)) as batches,
         contextlib.closing(prefetch(_search(batches, classifier, max(top, NUM_RANKED), pool), 2)) as found,
         _PredictionWriter(target) as writer,

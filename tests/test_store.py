@@ -116,7 +116,6 @@ def test_a_file_of_another_model_among_the_embeddings_is_refused(tmp_path):
         list(read_embeddings(tmp_path / "a"))
 
 
-
 @pytest.mark.parametrize(
     "damage",
     [
@@ -186,7 +185,6 @@ class TestOtherReaders:
         path, vectors, _ = written
         found = datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache"))
         np.testing.assert_allclose(np.array(found["embedding"], np.float32), vectors, atol=3e-4)
-
 
     @pytest.mark.skipif(shutil.which("java") is None, reason="Spark runs on Java")
     @pytest.mark.filterwarnings("ignore")  # the library's own, about its dependencies

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from clipindex.prefetch import prefetch
+from clipindex.threads import prefetch
 
 
 def test_order_and_bound():

@@ -1,6 +1,7 @@
-"""Run an iterator ahead of its consumer, in a thread, by a bounded number of items."""
+"""Threads: how many the machine has cores for, and an iterator that runs ahead of its consumer in one."""
 
 import contextlib
+import os
 import queue
 import threading
 from collections.abc import Generator, Iterable, Iterator
@@ -10,6 +11,11 @@ Item = TypeVar("Item")
 
 _POLL_S = 0.1
 """How soon a producer notices that its consumer has gone; costs nothing while items flow."""
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _End:

@@ -1,0 +1,58 @@
+"""How every benchmark ends: a table for people, then one line of JSON, kept under results/ when asked."""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "open_clip_torch", "numpy", "pyarrow", "faiss-cpu", "pillow", "simplejpeg")
+
+Row = dict[str, str | float | int]
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """A parser that knows --save."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", metavar="HARDWARE", help="keep the result as results/<theme>_HARDWARE_<date>.json")
+    return parser
+
+
+def finish(theme: str, rows: Sequence[Row], save: str | None) -> None:
+    """Print the rows as a table and as JSON; keep the JSON under results/ where `save` names the hardware."""
+    _print_table(rows)
+    document: dict[str, Any] = {"theme": theme, "date": datetime.date.today().isoformat(), **_machine(), "rows": rows}
+    if save:
+        path = RESULTS / f"{theme}_{save}_{document['date']}.json"
+        path.write_text(json.dumps(document, indent=2) + "\n")
+    print(json.dumps(document))
+
+
+def _machine() -> dict[str, Any]:
+    cpu = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return {
+        "cpu": cpu[0] if cpu else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _print_table(rows: Sequence[Row]) -> None:
+    names = list(rows[0])
+    cells = [
+        [f"{row[name]:,.4g}" if isinstance(row[name], float) else str(row[name]) for name in names] for row in rows
+    ]
+    widths = [max(len(name), *(len(line[at]) for line in cells)) for at, name in enumerate(names)]
+    for line in [names, ["-" * width for width in widths], *cells]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -1,0 +1,187 @@
+"""The installed command, in processes of its own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+from corpus import encoded, labelled, write_tar
+
+from clipindex.cli import commands
+from clipindex.store import published_shards, read_embeddings, read_rejects
+
+COMMAND = Path(sys.executable).with_name("clipindex")
+TINY = ["--model", "demo", "--precision", "fp32", "--device", "cpu"]
+
+
+def clipindex(*arguments, **options):
+    return subprocess.run([COMMAND, *map(str, arguments)], capture_output=True, text=True, **options)
+
+
+def dirty(number, prefix):
+    for name, data in labelled([f"{prefix}{at:04}" for at in range(number)]):
+        yield name, b"broken" if name.endswith("7.jpg") else data
+
+
+def test_help_answers_without_importing_what_is_slow():
+    code = (
+        "import sys, clipindex.cli as cli; cli.run(['--help']); cli.run(['embed', '--help']);"
+        "print([m for m in ('torch', 'numpy', 'pyarrow', 'faiss', 'open_clip', 'rich') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    started = time.perf_counter()
+    assert clipindex("--help").returncode == 0
+    assert time.perf_counter() - started < 1  # 0.1 s where nothing else runs
+
+
+def test_every_command_and_option_says_what_it_does():
+    for command in commands.commands.values():
+        assert command.help
+        for parameter in command.params:
+            assert isinstance(parameter, click.Argument) or parameter.help, (command.name, parameter.name)
+
+
+def test_every_command_is_in_the_readme():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for name in commands.commands:
+        assert f"clipindex {name}" in readme
+    for option in re.findall(r"--[a-z][a-z-]+", readme):
+        known = {o for c in commands.commands.values() for p in c.params for o in (*p.opts, *p.secondary_opts)}
+        assert option in known | {"--help", "--version", "--save", "--editable"}, option
+
+
+def test_from_tars_to_accuracy_in_one_command(tmp_path):
+    from clipindex.demo import DATA
+
+    done = clipindex("classify", DATA / "wds_shapes", "--out", tmp_path / "out", *TINY, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["acc1"] >= 0.8
+    assert found["rows"] == sum(record.rows for record in published_shards(tmp_path / "out").values())
+    again = clipindex("classify", tmp_path / "out", "--classes", DATA / "wds_shapes" / "classnames.txt", "--top", 1)
+    assert again.returncode == 0, again.stderr
+    assert re.search(r"acc1 \d+\.\d\d%", again.stdout)
+
+
+def test_json_is_the_only_thing_on_standard_output_and_logs_are_lines(tmp_path):
+    write_tar(tmp_path / "a.tar", dirty(12, "k"))
+    done = clipindex("embed", tmp_path / "a.tar", "--out", tmp_path / "out", *TINY, "--json")
+    summary = json.loads(done.stdout)
+    assert (summary["samples"], summary["rows"], summary["rejects"]) == (12, 11, 1)
+    assert done.returncode == 0
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", line) for line in done.stderr.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["embed", "nowhere.tar", "--out", "out", *TINY], 1, "nowhere.tar: no such file"),
+        (["embed", "a.tar", "--out", "out"], 2, "--model"),
+        (["embed", "a.tar", "--out", "out", "--model", "ViT-B-33"], 1, "ViT-B-32"),
+        (["embed", "pipe:cat x", "--out", "out", *TINY], 1, "refused"),
+        (["embed", "a.tar", "--out", "out", *TINY, "--max-reject-rate", "0.05"], 3, ""),
+        (["embed", "a.tar", "cut.tar", "--out", "out", *TINY], 1, "cut.tar: truncated"),
+        (["embed", "a.tar", "--out", "a.tar", *TINY], 1, "a.tar"),
+        (["classify", "nowhere", "--classes", "c.txt"], 2, "--out and --model"),
+        (["classify", "--image", "x.jpg", "--classes", "c.txt", *TINY], 1, "c.txt"),
+        (["frobnicate"], 2, "No such command"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_a_status(tmp_path, arguments, status, message):
+    whole = write_tar(tmp_path / "a.tar", dirty(10, "k")).read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[:5000])
+    done = clipindex(*arguments, cwd=tmp_path)
+    assert done.returncode == status, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_pack_then_embed_then_one_image(tmp_path):
+    for at, name in enumerate(("red circle", "blue square")):
+        folder = tmp_path / "photos" / name
+        folder.mkdir(parents=True)
+        (folder / f"{at}.jpg").write_bytes(encoded())
+    packed = clipindex("pack", tmp_path / "photos", tmp_path / "wds", "--split", "test", "--json")
+    assert packed.returncode == 0, packed.stderr
+    assert json.loads(packed.stdout)["num_samples"] == 2
+    done = clipindex(
+        "classify", "--image", tmp_path / "photos/red circle/0.jpg", "--classes", tmp_path / "wds/classnames.txt", *TINY
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"(red circle|blue square): +\d+\.\d\d%", done.stdout)) == 2
+
+
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_is_finished_by_the_next(tmp_path, number):
+    for at in range(8):
+        write_tar(tmp_path / "corpus" / f"{at}.tar", dirty(400, f"s{at}_"))
+    out = tmp_path / "out"
+    command = [COMMAND, "embed", tmp_path / "corpus", "--out", out, *TINY, "--batch-size", "8"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    wait_for(lambda: len(list((out / "embeddings").glob("[!.]*.parquet"))) >= 2)
+    process.send_signal(number)
+    status = process.wait(30)
+    process.stderr.close()
+    assert status == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    done_before = published_shards(out)
+    assert 2 <= len(done_before) < 8
+    if number != signal.SIGKILL:
+        assert not list(out.rglob("*.tmp"))
+
+    done = clipindex(*command[1:], "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["shards_done_before"] == len(done_before)
+    records = published_shards(out).values()
+    assert [(r.samples, r.rows, r.rejects) for r in records] == [(400, 360, 40)] * 8
+    keys = {k for batch in read_embeddings(out, ("key",)) for k in batch.columns["key"].to_pylist()}
+    rejected = {k for r in records for k in read_rejects(out, r.name)["key"].to_pylist()}
+    assert keys | rejected == {f"s{at}_{i:04}" for at in range(8) for i in range(400)}
+    assert not keys & rejected
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_two_runs_at_once_finish_and_agree(tmp_path):
+    for at in range(4):
+        write_tar(tmp_path / "corpus" / f"{at}.tar", dirty(50, f"s{at}_"))
+    command = [COMMAND, "embed", tmp_path / "corpus", "--out", tmp_path / "out", *TINY]
+    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    for run in runs:
+        _, stderr = run.communicate(timeout=120)
+        assert run.returncode == 0, stderr
+    assert sum(r.rows for r in published_shards(tmp_path / "out").values()) == 180
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system takes root")
+def test_a_full_disk_is_said_and_what_was_published_stays(tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=192k", "tmpfs", small]).returncode:
+        pytest.skip("no right to mount here")
+    try:
+        for at in range(4):
+            write_tar(tmp_path / "corpus" / f"{at}.tar", dirty(300, f"s{at}_"))
+        done = clipindex("embed", tmp_path / "corpus", "--out", small / "out", *TINY)
+        assert done.returncode == 1
+        assert "No space left" in done.stderr
+        assert "Traceback" not in done.stderr
+        for record in published_shards(small / "out").values():
+            assert record.rows + record.rejects == 300
+        assert not list((small / "out").rglob("*.tmp"))
+    finally:
+        subprocess.run(["umount", small], check=True)

@@ -1,0 +1,32 @@
+import numpy as np
+import pytest
+from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+
+from clipindex.metrics import ClassificationCounts
+
+
+@pytest.mark.parametrize("num_classes", [6, 40])
+def test_agrees_with_scikit_learn_over_any_batches(num_classes):
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(500, num_classes))
+    labels = rng.integers(0, num_classes - 1, 500)  # the last class never occurs
+    scores[np.arange(500), labels] += 1
+    ids = np.argsort(-scores, axis=1)[:, :5].astype(np.int32)
+    counts = ClassificationCounts(num_classes)
+    for first in range(0, 500, 77):
+        counts.add(labels[first : first + 77], ids[first : first + 77])
+    overall = counts.overall()
+    assert overall["labelled"] == 500
+    assert overall["acc1"] == pytest.approx((ids[:, 0] == labels).mean())
+    assert overall["acc5"] == pytest.approx(top_k_accuracy_score(labels, scores, k=5, labels=range(num_classes)))
+    with pytest.warns(UserWarning, match="y_pred contains classes"):
+        assert overall["mean_per_class_recall"] == pytest.approx(balanced_accuracy_score(labels, ids[:, 0]))
+    assert counts.per_class()[-1] == {"support": 0, "recall": None, "recall5": None}
+    assert sum(row["support"] for row in counts.per_class()) == 500
+
+
+def test_no_acc5_below_five_classes_and_nothing_without_labels():
+    counts = ClassificationCounts(3)
+    assert counts.overall()["acc1"] is None
+    counts.add(np.array([0, 1]), np.array([[0, 1, 2], [2, 1, 0]], np.int32))
+    assert counts.overall() == {"labelled": 2, "acc1": 0.5, "acc5": None, "mean_per_class_recall": 0.5}

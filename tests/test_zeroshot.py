@@ -1,0 +1,122 @@
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from corpus import labelled, write_tar
+
+from clipindex import ModelSpec, build_classifier, classify, classify_images, embed, load_model, read_embeddings
+from clipindex.demo import DATA
+from clipindex.encode import TextTower, choose_device
+from clipindex.errors import ClassesError, FingerprintError, SampleError, SourceError
+from clipindex.store import published_shards
+
+DIGITS = DATA / "wds_digits"
+CLASSES = DIGITS / "classnames.txt"
+TEMPLATES = DIGITS / "zeroshot_classification_templates.txt"
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    out = tmp_path_factory.mktemp("digits")
+    embed(str(DIGITS), out, model="demo", precision="fp32", device="cpu")
+    return out
+
+
+@pytest.fixture(scope="module")
+def summary(digits):
+    return classify(digits, classes=CLASSES, templates=TEMPLATES, precision="fp32", device="cpu")
+
+
+def test_digits_are_known_without_training_on_them(summary):
+    assert summary.acc1 >= 0.95
+    assert summary.acc5 >= summary.acc1
+    assert summary.rows == summary.labelled
+    assert summary.classes == 10
+
+
+def test_predictions_follow_from_the_text_towers_vectors(digits, summary):
+    loaded = load_model(ModelSpec(name="demo"))
+    tower = TextTower(loaded, device=choose_device("cpu"), precision="fp32")
+    names, templates = CLASSES.read_text().split(), TEMPLATES.read_text().splitlines()
+    vectors = []
+    for name in names:
+        prompts = tower.encode([template.replace("{c}", name) for template in templates]).mean(axis=0)
+        vectors.append(prompts / np.linalg.norm(prompts))
+    for batch in read_embeddings(digits, ("key", "label")):
+        table = pq.read_table(digits / "predictions" / f"{batch.shard.name}.parquet")
+        cosines = batch.embedding.astype(np.float32) @ np.array(vectors, np.float32).T
+        logits = loaded.info.logit_scale * cosines.astype(np.float64)
+        softmax = np.exp(logits - logits.max(axis=1, keepdims=True))
+        softmax /= softmax.sum(axis=1, keepdims=True)
+        ids = np.array(table["class_id"].to_pylist())
+        assert table["key"].to_pylist() == batch.columns["key"].to_pylist()
+        assert table["label"].to_pylist() == batch.columns["label"].to_pylist()
+        assert set(table["shard"].to_pylist()) == {batch.shard.name}
+        np.testing.assert_array_equal(ids[:, 0], cosines.argmax(axis=1))
+        assert [row[0] for row in table["class_name"].to_pylist()] == [names[at] for at in ids[:, 0]]
+        expected = np.take_along_axis(softmax, ids, axis=1)
+        np.testing.assert_allclose(np.array(table["probability"].to_pylist()), expected, atol=1e-4)
+        np.testing.assert_allclose(
+            np.array(table["cosine"].to_pylist()), np.take_along_axis(cosines, ids, axis=1), atol=1e-5
+        )
+
+
+def test_metrics_json_has_the_summary_and_each_class(digits, summary):
+    metrics = json.loads((digits / "predictions" / "metrics.json").read_bytes())
+    assert metrics["acc1"] == summary.acc1
+    assert [row["name"] for row in metrics["per_class"]] == CLASSES.read_text().split()
+    recalls = [row["recall"] for row in metrics["per_class"]]
+    assert metrics["mean_per_class_recall"] == pytest.approx(np.mean(recalls))
+    assert sum(row["support"] for row in metrics["per_class"]) == summary.labelled
+    assert sorted(metrics["shards"]) == sorted(published_shards(digits))
+
+
+def test_another_run_leaves_nothing_of_the_one_before(digits, tmp_path):
+    out = tmp_path / "predictions"
+    classify(digits, classes=CLASSES, templates="simple", out=out, top=3, precision="fp32", device="cpu")
+    stale = out / "unrelated.parquet"
+    pq.write_table(pq.read_table(next(out.glob("*.parquet"))), stale)
+    classify(digits, classes=CLASSES, templates=TEMPLATES, out=out, top=1, precision="fp32", device="cpu")
+    ours = [path for path in out.glob("*.parquet") if path != stale]
+    assert {len(row) for path in ours for row in pq.read_table(path)["class_id"].to_pylist()} == {1}
+    assert stale.exists()  # not ours to remove
+
+
+def test_a_label_beyond_the_classes_is_named(digits, tmp_path):
+    (tmp_path / "three.txt").write_text("zero\none\ntwo\n")
+    with pytest.raises(ClassesError, match=r"label \d of key 'digit_.* beyond the 3 classes"):
+        classify(digits, classes=tmp_path / "three.txt", precision="fp32", device="cpu", out=tmp_path / "p")
+    assert not list((tmp_path / "p").glob("*"))
+
+
+def test_another_models_embeddings_are_refused(digits):
+    with pytest.raises(FingerprintError, match="RN50"):
+        classify(digits, classes=CLASSES, model=ModelSpec(name="RN50", random_init=0), device="cpu")
+
+
+def test_without_labels_there_are_predictions_and_no_accuracy(tmp_path):
+    members = [member for member in labelled(["a", "b"]) if not member[0].endswith("cls")]
+    embed(str(write_tar(tmp_path / "a.tar", members)), tmp_path / "out", model="demo", device="cpu")
+    summary = classify(tmp_path / "out", classes=["cat", "dog"], device="cpu")
+    assert (summary.rows, summary.labelled, summary.acc1, summary.acc5) == (2, 0, None, None)
+
+
+def test_single_images(tmp_path):
+    from clipindex import list_shards, read_samples
+
+    loaded = load_model(ModelSpec(name="demo"))
+    classifier = build_classifier(
+        loaded, CLASSES.read_text().split(), TEMPLATES.read_text().splitlines(), device="cpu", precision="fp32"
+    )
+    sample = next(iter(read_samples(list_shards([str(DIGITS)])[0])))
+    (tmp_path / "digit.png").write_bytes(sample.image)
+    (found,) = classify_images([tmp_path / "digit.png"], loaded, classifier, top=10, device="cpu", precision="fp32")
+    assert sum(found.probabilities) == pytest.approx(1, abs=1e-4)
+    assert found.probabilities == sorted(found.probabilities, reverse=True)
+    assert found.classes[0] == CLASSES.read_text().split()[sample.label]
+    (tmp_path / "broken.jpg").write_bytes(b"no")
+    with pytest.raises(SampleError, match=r"broken\.jpg"):
+        classify_images([tmp_path / "broken.jpg"], loaded, classifier)
+    with pytest.raises(SourceError, match=r"missing\.jpg"):
+        classify_images([tmp_path / "missing.jpg"], loaded, classifier)
