@@ -56,6 +56,9 @@ def run(arguments: Sequence[str]) -> int:
     except ClipindexError as error:
         click.echo(f"error: {error}", err=True)
         return 1
+    except OSError as error:  # a full disk, a missing right: the system's own words, without the traceback
+        click.echo(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", err=True)
+        return 1
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted: published shards are kept; run again to go on", err=True)
         return 128 + signal.SIGINT

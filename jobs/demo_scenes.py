@@ -75,7 +75,7 @@ TRAINING = [label for label in range(100) if label not in HELD_OUT]
 def _mask(shape: str, size: int, rng: np.random.Generator) -> NDArray[np.float64]:
     """Return the coverage of a randomly placed shape, (size, size, 1) in 0..1."""
     supersampling = 4
-    radius = rng.uniform(0.24, 0.42)
+    radius = rng.uniform(0.28, 0.45)
     centre = rng.uniform(radius, 1 - radius, 2)
     turn = rng.uniform(0, 2 * np.pi)
     rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
@@ -91,7 +91,8 @@ def _background(size: int, rng: np.random.Generator) -> NDArray[np.float64]:
     slope = rng.uniform(-20, 20, 2)
     ramp = np.linspace(-1, 1, size)
     shade = rng.uniform(85, 175) + slope[0] * ramp[:, None] + slope[1] * ramp
-    return shade[..., None] + rng.uniform(-12, 12, 3)
+    tinted: NDArray[np.float64] = shade[..., None] + rng.uniform(-12, 12, 3)
+    return tinted
 
 
 def _paint(colour: str | None, background: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 from corpus import labelled, write_tar
 
@@ -45,7 +45,8 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
         if path.startswith(f"/api/datasets/{REPO}/tree/"):
             self.json(list(self.entries(path.split("/tree/")[1].partition("/")[2])))
         elif path.startswith(f"/api/datasets/{REPO}"):
-            self.json({"id": REPO, "sha": COMMIT, "siblings": [], "private": False, "tags": [], "downloads": 0, "likes": 0})
+            about = {"private": False, "tags": [], "downloads": 0, "likes": 0}
+            self.json({"id": REPO, "sha": COMMIT, "siblings": [], **about})
         elif path.startswith(f"/datasets/{REPO}/resolve/"):
             data = self.files.get(path.split("/resolve/")[1].partition("/")[2])
             if data is None:
@@ -61,8 +62,7 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
-        asked = json.loads(body)["paths"] if body[:1] == b"{" else [unquote(p) for p in body.decode().split("paths=")[1:]]
-        wanted = {path.strip("&").split("&")[0].replace("+", " ") for path in asked}
+        wanted = json.loads(body)["paths"] if body[:1] == b"{" else parse_qs(body.decode())["paths"]
         self.json([entry for entry in self.entries("") if entry["path"] in wanted])
 
     def log_message(self, *args):

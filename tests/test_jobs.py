@@ -12,7 +12,9 @@ NIGHTLY = Path(__file__).parents[1] / "jobs" / "nightly.sh"
 
 def nightly(*arguments):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return subprocess.run([NIGHTLY, *map(str, arguments)], capture_output=True, text=True, env={**os.environ, "PATH": path})
+    return subprocess.run(
+        [NIGHTLY, *map(str, arguments)], capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
 
 
 def test_each_night_embeds_what_is_new(tmp_path):

@@ -15,9 +15,8 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from open_clip import factory, pretrained
 from safetensors.torch import load_file, save_file
 
-from clipindex import recipes
 from clipindex.errors import ModelError
-from clipindex.models import load_model
+from clipindex.models import load_model, recipes
 from clipindex.types import ModelSpec
 
 TINY = {
@@ -166,6 +165,13 @@ def test_architecture_with_a_weights_file(tmp_path, registry, tensors, suffix):
     loaded = load_model(ModelSpec(name="Plain", pretrained=str(path)))
     assert same_weights(loaded, tensors)
     assert loaded.info.spec.pretrained == str(path)
+
+
+def test_weights_linked_from_a_hub_cache(tmp_path, registry, tensors):
+    save(tensors, tmp_path / "w.safetensors").rename(tmp_path / "blob")
+    (tmp_path / "w.safetensors").symlink_to(tmp_path / "blob")
+    path = str(tmp_path / "w.safetensors")
+    assert load_model(ModelSpec(name="Plain", pretrained=path)).info.spec.pretrained == path
 
 
 def test_training_checkpoints_and_old_spellings_are_read(tmp_path, registry, tensors):

@@ -15,8 +15,9 @@ import open_clip
 import open_clip.model
 import open_clip.pretrained
 
-from clipindex import hf_clip
-from clipindex.checkpoints import (
+from clipindex.errors import ModelError
+from clipindex.models import hf_clip
+from clipindex.models.checkpoints import (
     WEIGHT_SUFFIXES,
     Config,
     Files,
@@ -26,7 +27,6 @@ from clipindex.checkpoints import (
     find_weights,
     read_json,
 )
-from clipindex.errors import ModelError
 from clipindex.types import ModelSpec
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 LOCAL_DIR_PREFIX = "local-dir:"
 HUB_PREFIX = "hf-hub:"
 DEMO_NAME = "demo"
-DEMO_DIR = Path(__file__).resolve().parent / "demo_data" / "model"
+DEMO_DIR = Path(__file__).resolve().parents[1] / "demo_data" / "model"
 
 _OPEN_CLIP_CONFIG = "open_clip_config.json"
 _OPEN_CLIP_WEIGHTS = (  # open_clip's own order of preference
@@ -127,7 +127,7 @@ def _files_of(spec: ModelSpec) -> tuple[Files, ModelSpec]:
     name = spec.name
     if name.startswith(HUB_PREFIX):
         return HubRepo(repo=name.removeprefix(HUB_PREFIX)), spec
-    path = DEMO_DIR if name == DEMO_NAME else Path(name.removeprefix(LOCAL_DIR_PREFIX)).expanduser().resolve()
+    path = DEMO_DIR if name == DEMO_NAME else Path(name.removeprefix(LOCAL_DIR_PREFIX)).expanduser().absolute()
     if path.is_dir():
         # Kept absolute, so that embeddings made here can name their model from anywhere on this machine.
         known_as = DEMO_NAME if name == DEMO_NAME else LOCAL_DIR_PREFIX + str(path)
@@ -244,7 +244,7 @@ def _from_tag(recipe: Recipe, name: str, tag: Config) -> Recipe:
 
 
 def _from_weights_file(recipe: Recipe, name: str, path: Path) -> Recipe:
-    path = path.expanduser().resolve()
+    path = path.expanduser().absolute()
     if not path.is_file():
         what = "no such file" if path.suffix in WEIGHT_SUFFIXES else "neither a file nor a known tag"
         raise ModelError(f"{name}: {recipe.spec.pretrained}: {what}; known: {_tags(name)}")

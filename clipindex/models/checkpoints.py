@@ -1,7 +1,6 @@
 """Where a model's files come from, and how their tensors are read without running anything in them."""
 
 import json
-import logging
 import pickle
 import zipfile
 from collections.abc import Sequence
@@ -17,8 +16,6 @@ from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from clipindex.errors import ModelError
-
-log = logging.getLogger(__name__)
 
 Config = dict[str, Any]
 """A parsed JSON object: a model's or a preprocessor's configuration."""

@@ -12,8 +12,8 @@ import open_clip
 import torch
 from open_clip.tokenizer import default_bpe
 
-from clipindex.checkpoints import Config, Files, Tensors, read_json
 from clipindex.errors import ModelError
+from clipindex.models.checkpoints import Config, Files, Tensors, read_json
 
 WEIGHT_NAMES = (
     "model.safetensors",

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -20,11 +21,12 @@ import open_clip.model
 import open_clip.tokenizer
 import open_clip.transform
 import torch
+from torch.overrides import TorchFunctionMode
 
-from clipindex.checkpoints import Config, Tensors, read_tensors
 from clipindex.errors import ModelError
-from clipindex.hf_clip import is_transformers_layout
-from clipindex.recipes import Recipe, canonical_architecture, resolve
+from clipindex.models.checkpoints import Config, Tensors, read_tensors
+from clipindex.models.hf_clip import is_transformers_layout
+from clipindex.models.recipes import Recipe, canonical_architecture, resolve
 from clipindex.types import ModelInfo, ModelSpec, Preprocess
 
 log = logging.getLogger(__name__)
@@ -131,14 +133,32 @@ def _build(recipe: Recipe) -> open_clip.CLIP:
     kind = open_clip.CLIP
     if custom:
         kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
-    with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which reseeds the accelerators too; fork_rng restores only the CPU's state
-        # here.
+    with torch.random.fork_rng(devices=[]), nullcontext() if recipe.spec.random_init is not None else _Unfilled():
+        # Not torch.manual_seed, which would reseed the accelerators too.
         torch.default_generator.manual_seed(recipe.spec.random_init or 0)
         try:
             return kind(**config).float()
         except Exception as error:  # open_clip asserts, and timm and transformers raise their own kinds
             raise ModelError(_cannot_build(recipe, error)) from error
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out drawing the numbers that trained weights overwrite, most of a large model's building time."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        named = kwargs or {}
+        # torch.nn.init's own functions name their tensor; timm draws with the tensor's methods.
+        if getattr(func, "__module__", None) == "torch.nn.init" and "tensor" in named:
+            return named["tensor"]
+        if func in (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.erfinv_):
+            return args[0]
+        return func(*args, **named)
 
 
 def _cannot_build(recipe: Recipe, error: Exception) -> str:
