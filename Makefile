@@ -19,7 +19,8 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/stages.py
+	$(BIN)/python benchmarks/search.py
+	$(BIN)/python benchmarks/precision.py
 
 $(VENV)/.user: pyproject.toml constraints.txt
 	@echo "setting up $(VENV): about two minutes, once"

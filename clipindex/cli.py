@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+CLASSES_SHOWN = 10
+"""At each end of a long list of classes on the terminal."""
 MAX_REJECT_RATE = 0.1
 """Crawled corpora reject a few in a hundred; one in ten means that something else is wrong."""
 
@@ -79,10 +81,22 @@ def _stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, stop)
 
 
+class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to what sys.stderr is at the moment: a progress bar stands in for it to keep lines above itself."""
+
+    @property
+    def stream(self) -> Any:  # noqa: ANN401
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: object) -> None:
+        """The base class sets one at the start."""
+
+
 def _set_up_logging() -> None:
     terminal = sys.stderr.isatty()
     logging.basicConfig(
-        stream=sys.stderr,
+        handlers=[_CurrentStderr()],
         level=logging.WARNING,
         format="%(message)s" if terminal else "%(asctime)s %(levelname)s %(message)s",
         force=True,
@@ -110,7 +124,12 @@ def _model_options(*, required: bool) -> Callable[[Command], Command]:
             help="open_clip architecture, hf-hub:ORG/REPO, local-dir:PATH, a model directory, or demo.",
         ),
         click.option("--pretrained", help="open_clip tag, or a local .safetensors/.pt file, for an architecture name."),
-        click.option("--random-init", type=int, metavar="SEED", help="Random weights instead of trained ones."),
+        click.option(
+            "--random-init",
+            type=click.IntRange(0, 2**63 - 1),
+            metavar="SEED",
+            help="Random weights instead of trained ones.",
+        ),
         click.option(
             "--quick-gelu/--no-quick-gelu",
             default=None,
@@ -172,7 +191,7 @@ def embed(sources: tuple[str, ...], out: Path, max_reject_rate: float, as_json: 
     SHARDS are paths, folders, globs, brace ranges ({000..999}.tar), s3:// https:// hf:// URLs, or @FILE with one of
     these a line. Shards that are done already are passed over.
     """
-    summary = _embed(sources, out, options)
+    summary, _ = _embed(sources, out, options)
     _print_result(summary, as_json, _embed_lines)
     return _embed_status(summary, max_reject_rate)
 
@@ -204,36 +223,66 @@ def classify(
     SOURCE is an embedding directory; or image tars, which are embedded into --out first. With --image, prints the best
     classes of single files.
     """
-    classes, templates = _find_classes(source, classes, templates)
+    context = click.get_current_context()
+    folder = None if source is None else Path(source)
+    is_embedded = folder is not None and (folder / "dataset.json").is_file()
+    if images:
+        _refuse_options(
+            context, ("out", "predictions", *_EMBEDDING_ONLY), "with --image nothing is embedded or written"
+        )
+    elif is_embedded:
+        _refuse_options(context, ("out", *_EMBEDDING_ONLY), f"{source} is embedded already")
+    if options["model"] is None:
+        _refuse_options(context, ("pretrained", "random_init", "quick_gelu"), "it belongs to --model, which is missing")
+    classes, templates = _find_classes(None if is_embedded else folder, classes, templates)
     if images:
         if source:
             raise click.UsageError("give SOURCE or --image, not both")
         _print_result(_classify_images(images, classes, templates, top, options), as_json, _image_lines)
         return 0
-    if source is None:
+    if source is None or folder is None:
         raise click.UsageError("give a SOURCE to classify, or --image FILE")
-    status = 0
-    folder = Path(source)
-    if not (folder / "dataset.json").is_file():
+    status, shards = 0, None
+    if not is_embedded:
         if out is None or options["model"] is None:
             raise click.UsageError(
                 f"{source} is no embedding directory; to embed its tars first, give --out and --model"
             )
-        embedded = _embed([source], out, options)
+        embedded, shards = _embed([source], out, options)
+        click.echo("\n".join(_embed_lines(embedded)), err=True)
         status = _embed_status(embedded, max_reject_rate)
-        if status != 1:
-            click.echo("\n".join(_embed_lines(embedded)), err=True)
+        if embedded.shards_failed or embedded.shards_changed:
+            click.echo("not classified: an accuracy over a part of SOURCE would look like one over all of it", err=True)
+            return 1
         folder = out
-    summary = _classify(folder, classes, templates, top, predictions, options)
+    summary = _classify(folder, classes, templates, top, shards, predictions, options)
     _print_result(summary, as_json, _classify_lines)
     return status
 
 
-def _embed(sources: Sequence[str], out: Path, options: dict[str, Any]) -> "EmbedSummary":
+_EMBEDDING_ONLY = ("dtype", "batch_size", "decode_threads", "refresh", "max_reject_rate")
+
+
+def _refuse_options(context: click.Context, names: Sequence[str], why: str) -> None:
+    """An option that would be ignored is a mistake to be told."""
+    for name in names:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} does not apply: {why}")
+
+
+def _embed(sources: Sequence[str], out: Path, options: dict[str, Any]) -> tuple["EmbedSummary", list[str]]:
+    """The summary, and the names of the shards that the sources name."""
     from clipindex import embed_job
 
+    names: list[str] = []
     with _embed_reporting() as (on_plan, on_progress):
-        return embed_job.embed(sources, out, **options, on_plan=on_plan, on_progress=on_progress)
+
+        def note_names(plan: "Plan") -> None:
+            names.extend(shard.name for shard in (*plan.done, *plan.changed, *plan.todo))
+            on_plan(plan)
+
+        summary = embed_job.embed(sources, out, **options, on_plan=note_names, on_progress=on_progress)
+    return summary, sorted(names)
 
 
 def _embed_status(summary: "EmbedSummary", max_reject_rate: float) -> int:
@@ -252,6 +301,7 @@ def _embed_reporting() -> Iterator[tuple[Callable[["Plan"], None], Callable[["Pr
 
     num_shards, num_bytes, started = 0, 0, 0.0
     with reporting("embed") as report:
+        report(0, 0, "loading the model")
 
         def on_plan(plan: "Plan") -> None:
             nonlocal num_shards, num_bytes, started
@@ -273,33 +323,41 @@ def _embed_reporting() -> Iterator[tuple[Callable[["Plan"], None], Callable[["Pr
         yield on_plan, on_progress
 
 
-def _find_classes(source: str | None, classes: Path | None, templates: str | None) -> tuple[Path, str]:
+def _find_classes(data_set: Path | None, classes: Path | None, templates: str | None) -> tuple[Path, str]:
     """Class file and templates: as said, else as a CLIP_benchmark data set keeps them at its root."""
-    if classes is None and source is not None:
-        for folder in (Path(source), Path(source).parent):
-            if (folder / "classnames.txt").is_file():
-                classes = folder / "classnames.txt"
-                break
+    if classes is None and data_set is not None:
+        found = [folder / "classnames.txt" for folder in (data_set, data_set.parent)]
+        classes = next((path for path in found if path.is_file()), None)
     if classes is None:
-        raise click.UsageError("give --classes FILE with a class name a line (SOURCE has no classnames.txt)")
+        raise click.UsageError("give --classes FILE with a class name a line; only a local data set brings its own")
     beside = classes.parent / "zeroshot_classification_templates.txt"
-    return classes, templates or (str(beside) if beside.is_file() else "simple")
+    prompts = templates or (str(beside) if beside.is_file() else "simple")
+    logging.getLogger("clipindex").info("classes: %s, prompts: %s", classes, prompts)
+    return classes, prompts
 
 
 def _classify(
-    folder: Path, classes: Path, templates: str, top: int, predictions: Path | None, options: dict[str, Any]
+    folder: Path,
+    classes: Path,
+    templates: str,
+    top: int,
+    shards: list[str] | None,
+    predictions: Path | None,
+    options: dict[str, Any],
 ) -> "ClassifySummary":
     from clipindex import zeroshot
     from clipindex.progress import reporting
 
     started = time.monotonic()
     with reporting("classify") as report:
+        report(0, 0, "loading the model")
         return zeroshot.classify(
             folder,
             classes=classes,
             templates=templates,
             top=top,
             model=_spec(options) if options["model"] else None,
+            shards=shards,
             out=predictions,
             device=options["device"],
             precision=options["precision"],
@@ -363,7 +421,19 @@ def _classify_lines(summary: "ClassifySummary") -> list[str]:
         acc5 = "" if summary.acc5 is None else f"   acc5 {summary.acc5:.2%}"
         recall = f"   mean per-class recall {summary.mean_per_class_recall:.2%}"
         lines.append(f"acc1 {summary.acc1:.2%}{acc5}{recall}   ({summary.labelled:,} labelled)")
+        lines += _per_class_lines(summary)
     return lines
+
+
+def _per_class_lines(summary: "ClassifySummary") -> list[str]:
+    """Each class that occurs, worst first; of many, both ends."""
+    rows = sorted((row for row in summary.per_class if row["support"]), key=lambda row: row["recall"])
+    width = max(len(row["name"]) for row in rows)
+    lines = [f"  {row['name']:<{width}}  {row['recall']:>7.2%} of {row['support']:,}" for row in rows]
+    if len(rows) > 2 * CLASSES_SHOWN:
+        left_out = f"  … {len(rows) - 2 * CLASSES_SHOWN:,} more in {summary.out}/metrics.json"
+        lines = [*lines[:CLASSES_SHOWN], left_out, *lines[-CLASSES_SHOWN:]]
+    return ["recall by class:", *lines]
 
 
 def _image_lines(predictions: Sequence["ImagePrediction"]) -> list[str]:

@@ -97,9 +97,9 @@ def _decode_reference(data: bytes, preprocess: Preprocess, out: UInt8Array) -> t
             _check_pixels(width, height, preprocess)
             out[:] = np.asarray(_reference_transform(preprocess)(image))
             return width, height
-    except (SampleError, MemoryError):
+    except SampleError:
         raise
-    except Exception as error:  # Pillow's plugins raise whatever their parsers met
+    except Exception as error:  # Pillow's plugins raise whatever their parsers met, MemoryError included
         raise SampleError(_reason(error, data)) from error
 
 

@@ -103,6 +103,13 @@ class ImageTower:
         # (x / 255 - mean) / std as one multiply-add
         self._scale, self._shift = 1 / (255 * std), -mean / std
 
+    def new_batch(self, size: int) -> UInt8Array:
+        """Memory for images, uint8 [size, H, W, 3]: pinned where the device is CUDA, which copies from it unwaited."""
+        shape = (size, *self.info.preprocess.size, 3)
+        pinned = self._device.type == "cuda"
+        memory: UInt8Array = torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned).numpy()
+        return memory
+
     @torch.inference_mode()
     def encode(self, images: UInt8Array) -> tuple[Float32Array, Float32Array]:
         """Embed images.
@@ -117,6 +124,7 @@ class ImageTower:
 
         Raises:
             ModelError: the tower gives something other than one vector an image.
+            UsageError: the device's memory is too small for so many.
         """
         if not len(images):
             return np.empty((0, self.info.dim), np.float32), np.empty(0, np.float32)
@@ -125,7 +133,12 @@ class ImageTower:
         pixels = pixels.to(self._device, non_blocking=pixels.is_pinned())
         # NHWC read as NCHW is channels_last, the order in which convolutions are fastest: no transposition.
         nchw = pixels.permute(0, 3, 1, 2).to(torch.float32)
-        features = self._tower(torch.addcmul(self._shift, nchw, self._scale).to(self._dtype))
+        try:
+            features = self._tower(torch.addcmul(self._shift, nchw, self._scale).to(self._dtype))
+        except torch.OutOfMemoryError as error:
+            raise UsageError(
+                f"{self._device} has no memory for {len(images)} images at once; lower --batch-size"
+            ) from error
         return _unit(features, self.info.dim)
 
 

@@ -5,6 +5,7 @@ Reading goes through fsspec for remote schemes and the operating system for loca
 """
 
 import contextlib
+import fcntl
 import io
 import os
 import re
@@ -23,6 +24,8 @@ READ_BUFFER_BYTES = 1 << 20
 STALE_AFTER_S = 86_400
 """Age at which another host's temporary file is taken for the remains of a dead run."""
 
+# Each back end spells it its own way.
+_VERSION_FIELDS = "ETag etag blob_id Content-MD5 Digest LastModified last_modified Last-Modified mtime".split()
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+):")
 
 
@@ -79,7 +82,7 @@ def stat_source(url: str) -> tuple[int, str]:
     filesystem, path = remote_filesystem(url)
     with _remote_errors(url):
         info = filesystem.info(path)
-    for field in ("ETag", "etag", "blob_id", "LastModified", "last_modified", "mtime"):
+    for field in _VERSION_FIELDS:
         if info.get(field):
             return int(info.get("size") or 0), f"{field.lower()}:{info[field]}"
     return int(info.get("size") or 0), ""
@@ -99,7 +102,7 @@ def open_source(url: str) -> BinaryIO:
     filesystem, path = remote_filesystem(url)
     with _remote_errors(url):
         raw = filesystem.open(path, "rb", block_size=8 * READ_BUFFER_BYTES, cache_type="readahead")
-    return io.BufferedReader(_Raw(raw), READ_BUFFER_BYTES)
+    return io.BufferedReader(_Raw(raw, url), READ_BUFFER_BYTES)
 
 
 def read_range(url: str, offset: int, size: int) -> bytes:
@@ -134,14 +137,16 @@ def _remote_errors(url: str) -> Iterator[None]:
 class _Raw(io.RawIOBase):
     """An fsspec file as a raw stream, so that BufferedReader serves small reads without Python in between."""
 
-    def __init__(self, file: Any) -> None:  # noqa: ANN401 - fsspec is untyped
+    def __init__(self, file: Any, url: str) -> None:  # noqa: ANN401 - fsspec is untyped
         self._file = file
+        self._url = url
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - a writable buffer has no public type before 3.12
-        data = self._file.read(len(buffer))
+        with _remote_errors(self._url):
+            data = self._file.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
@@ -160,6 +165,8 @@ class AtomicFile:
         owner = f"{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
         self._temporary = self.path.parent / f".{self.path.name}.{owner}.tmp"
         self.file: BinaryIO = open(self._temporary, "xb")
+        with contextlib.suppress(OSError):  # a file system without locks; age decides there
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def commit(self) -> None:
         """Sync, rename into place, sync the folder; on any failure nothing is left behind."""
@@ -195,8 +202,11 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 def create_exclusive(path: Path, data: bytes) -> bool:
     """Publish a whole file only if none has that name; False if one has. Two runs agree on one winner.
 
-    A hard link is atomic and fails if the name is taken, on local file systems and NFS alike.
+    A hard link is atomic and fails if the name is taken, on local file systems and NFS alike. Where a mount knows no
+    links (object stores, mostly), exclusive creation has to do.
     """
+    if path.exists():
+        return False
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     try:
@@ -204,7 +214,13 @@ def create_exclusive(path: Path, data: bytes) -> bool:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.link(temporary, path)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:
+            with open(path, "xb") as file:
+                file.write(data)
     except FileExistsError:
         return False
     finally:
@@ -223,7 +239,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_stale_temporaries(folder: Path) -> int:
-    """Remove temporary files of runs that are dead: this host's by process id, other hosts' by age."""
+    """Remove temporary files of runs that are dead: this host's if nobody holds their lock, other hosts' by age."""
     removed = 0
     for path in folder.glob(".*.tmp") if folder.is_dir() else ():
         if _is_stale(path):
@@ -236,21 +252,20 @@ def _is_stale(path: Path) -> bool:
     parts = path.name.split(".")  # …NAME, HOST, PID, TOKEN, tmp
     if len(parts) < 6 or not parts[-3].isdecimal():
         return False
-    if parts[-4] == _host():
-        return not _is_alive(int(parts[-3]))
     with contextlib.suppress(FileNotFoundError):
-        return time.time() - path.stat().st_mtime > STALE_AFTER_S
+        age = time.time() - path.stat().st_mtime
+        # Between creating a file and locking it lies an instant.
+        return age > STALE_AFTER_S or (parts[-4] == _host() and age > 1 and not _is_locked(path))
     return False
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _is_locked(path: Path) -> bool:
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 def _host() -> str:
@@ -264,8 +279,21 @@ def list_files(url: str, keep: Callable[[str], bool]) -> list[str]:
         SourceError: A remote folder cannot be listed.
     """
     if not is_remote(url):
-        found = (path for path in Path(local_path(url)).rglob("*") if path.is_file())
-        return sorted(str(path) for path in found if keep(path.name) and not path.name.startswith("."))
+        found = (os.path.join(folder, name) for folder, names in _walk(local_path(url)) for name in names)
+        return sorted(path for path in found if keep(os.path.basename(path)))
     filesystem, path = remote_filesystem(url)
     with _remote_errors(url):
         return sorted(filesystem.unstrip_protocol(name) for name in filesystem.find(path) if keep(name))
+
+
+def _walk(top: str) -> Iterator[tuple[str, list[str]]]:
+    """Folders and the names of their files, hidden ones left out; through links, but into each folder once."""
+    entered: set[tuple[int, int]] = set()
+    for folder, folders, names in os.walk(top, followlinks=True):
+        stat = os.stat(folder)
+        if (stat.st_dev, stat.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((stat.st_dev, stat.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield folder, [name for name in names if not name.startswith(".")]

@@ -133,7 +133,9 @@ def embed_shards(
     """
     threads = decode_threads or num_cores()
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
-        batches = prefetch(_assemble(shards, encoder.info.preprocess, batch_size, pool), BATCHES_AHEAD)
+        # In flight at once: those ahead, one being laid, one waiting for the queue, one in the encoder.
+        buffers = [encoder.new_batch(batch_size) for _ in range(BATCHES_AHEAD + 3)]
+        batches = prefetch(_assemble(shards, encoder.info.preprocess, buffers, pool), BATCHES_AHEAD)
         encoded = prefetch(_encode(batches, encoder), 1)
         try:
             yield from _Home(folder, dataset, precision, device, on_progress).receive(encoded)
@@ -143,13 +145,11 @@ def embed_shards(
 
 
 def _assemble(
-    shards: Iterable[Shard], preprocess: Preprocess, batch_size: int, pool: ThreadPoolExecutor
+    shards: Iterable[Shard], preprocess: Preprocess, buffers: Sequence[UInt8Array], pool: ThreadPoolExecutor
 ) -> Iterator[_Batch]:
-    """Lay samples into batches and start their decoding."""
-    height, width = preprocess.size
-    # In flight at once: those ahead, one being laid, one waiting for the queue, one in the encoder.
-    buffers = itertools.cycle([np.zeros((batch_size, height, width, 3), np.uint8) for _ in range(BATCHES_AHEAD + 3)])
-    batch = _Batch(next(buffers))
+    """Lay samples into batches, which take the buffers by turns, and start their decoding."""
+    turns = itertools.cycle(buffers)
+    batch = _Batch(next(turns))
     chunk: list[Sample] = []
 
     def decode_chunk() -> None:
@@ -170,7 +170,7 @@ def _assemble(
         if batch.is_full():
             decode_chunk()
             yield batch
-            batch = _Batch(next(buffers))
+            batch = _Batch(next(turns))
     decode_chunk()
     yield batch
 
@@ -195,8 +195,8 @@ def _decode(samples: Sequence[Sample], preprocess: Preprocess, out: UInt8Array) 
     for sample, pixels in zip(samples, out, strict=True):
         try:
             outcomes.append(decode_image(sample.image, preprocess, pixels))
-        except SampleError as error:
-            outcomes.append(_reject(sample, "decode", str(error)))
+        except (SampleError, MemoryError) as error:
+            outcomes.append(_reject(sample, "decode", str(error) or "no memory to decode it"))
     return outcomes
 
 

@@ -34,8 +34,7 @@ def _bar(title: str) -> Iterator[Report]:
         BarColumn(bar_width=24),
         TaskProgressColumn(),
         TextColumn("{task.fields[note]}", style="cyan"),
-        TextColumn("ETA"),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True, speed_estimate_period=60) as bar:
         task = bar.add_task(title, total=None, note="")

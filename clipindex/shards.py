@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO, cast
+from urllib.parse import urlsplit
 
 from clipindex.errors import ShardError, SourceError
 from clipindex.fileio import is_remote, list_files, local_path, open_source, remote_filesystem, stat_source
@@ -34,18 +35,19 @@ _LABEL_RANGE = range(-(2**31), 2**31)
 _NOTE = re.compile(r"__[^/]*__($|/)")
 
 
-def list_shards(sources: Iterable[str]) -> list[Shard]:
+def list_shards(sources: str | Iterable[str]) -> list[Shard]:
     """Find the tars that the sources name, each once, in a stable order.
 
     Args:
-        sources: Paths, folders (every tar below), globs, brace ranges (``{000..999}.tar``), URLs, or ``@FILE`` with one
-            of these a line.
+        sources: One or several: paths, folders (every tar below), globs, brace ranges (``{000..999}.tar``), URLs, or
+            ``@FILE`` with one of these a line.
 
     Raises:
         SourceError: A source names nothing, cannot be reached or is of a refused kind; or a folder holds fewer or more
             tars than its ``nshards.txt`` says.
     """
-    urls = list(dict.fromkeys(url for source in sources for url in _expand(str(source))))
+    each = [sources] if isinstance(sources, str) else sources
+    urls = list(dict.fromkeys(url for source in each for url in _expand(str(source))))
     with ThreadPoolExecutor(16) as pool:  # a remote source answers one question a round trip
         return list(pool.map(_describe, urls))
 
@@ -54,11 +56,12 @@ def shard_name(url: str) -> str:
     """Stem of a shard's output files: readable, and unique through a hash of the whole URL."""
     parts = re.split(r"[/\\]", re.sub(r"(\.tar|\.tar\.gz|\.tgz)$", "", url))
     readable = "-".join(re.sub(r"[^A-Za-z0-9_.]+", "_", part) for part in parts[-2:] if part)
-    return f"{readable[-80:]}-{hashlib.sha256(url.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+    # A name with a dot in front would be a hidden file, which readers pass over.
+    return f"{readable[-80:].lstrip('.')}-{hashlib.sha256(url.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
 
 
 def read_samples(shard: Shard) -> Iterator[Sample | Reject]:
-    """Stream a shard's samples, in tar order; memory holds one sample at a time.
+    """Stream a shard's samples, in tar order; memory holds one sample at a time, and the keys so far.
 
     Raises:
         ShardError: The stream breaks; what came before is not the whole shard.
@@ -84,14 +87,26 @@ def _expand(source: str) -> list[str]:
     if "{" in source and not os.path.exists(local_path(source)):
         from braceexpand import braceexpand
 
-        return [url for expanded in braceexpand(source) for url in _expand_globs(expanded)]
+        try:
+            expanded = list(braceexpand(source))
+        except ValueError as error:
+            raise SourceError(f"{source}: a brace is opened and not closed, or closed and not opened") from error
+        return [url for one in expanded for url in _expand_globs(one)]
     return _expand_globs(source)
 
 
 def _list_lines(path: str) -> list[str]:
     with open_source(path) as file:
-        lines = file.read().decode("utf-8-sig").splitlines()
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        try:
+            lines = [line.strip() for line in file.read().decode("utf-8-sig").splitlines()]
+        except UnicodeDecodeError as error:
+            raise SourceError(f"@{path}: not a text file in UTF-8; write one source a line") from error
+    sources = [line for line in lines if line and not line.startswith("#")]
+    if not sources:
+        raise SourceError(f"@{path}: names no source; write one a line")
+    if any(line.startswith("@") for line in sources):
+        raise SourceError(f"@{path}: names another list; give that on the command line")
+    return sources
 
 
 def _expand_globs(source: str) -> list[str]:
@@ -109,7 +124,8 @@ def _expand_globs(source: str) -> list[str]:
 
 
 def _expand_remote(source: str) -> list[str]:
-    if source.lower().endswith(TAR_SUFFIXES) and "*" not in source:
+    # A signed URL ends in a query, and a star in a query is no glob.
+    if urlsplit(source).path.lower().endswith(TAR_SUFFIXES) and "*" not in urlsplit(source).path:
         return [source]
     if "*" not in source:
         return _tars_below(source)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipindex.errors import FingerprintError, StoreError
-from clipindex.fileio import AtomicFile, atomic_write, create_exclusive, remove_stale_temporaries
+from clipindex.fileio import AtomicFile, create_exclusive, remove_stale_temporaries
 from clipindex.types import Float32Array, ModelInfo, ModelSpec, Preprocess, Reject, Sample, Shard
 
 FORMAT_VERSION = 1
@@ -126,13 +126,13 @@ def open_dataset(folder: Path, model: ModelInfo, dtype: str, created_by: str) ->
     return found
 
 
-def read_dataset(folder: Path) -> Dataset:
+def read_dataset(folder: str | Path) -> Dataset:
     """What a directory's dataset.json says.
 
     Raises:
         StoreError: There is none, or it cannot be understood.
     """
-    path = folder / "dataset.json"
+    path = Path(folder) / "dataset.json"
     try:
         document = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -182,8 +182,7 @@ class ShardWriter:
         self._shard = shard
         self._dataset = dataset
         self._schema = embedding_schema(dataset.model.dim, dataset.dtype)
-        self._rejects: list[Reject] = []
-        self._rejects_path = folder / "rejects" / f"{shard.name}.parquet"
+        self._rejects = _RejectsWriter(folder / "rejects" / f"{shard.name}.parquet")
         self._pending: list[pa.RecordBatch] = []
         self._rows = 0
         self._pending_rows = 0
@@ -228,9 +227,9 @@ class ShardWriter:
         Raises:
             StoreError: rows + rejects are not the number of samples that were read.
         """
-        if self._rows + len(self._rejects) != samples:
+        if self._rows + self._rejects.count != samples:
             raise StoreError(
-                f"{self._shard.url}: {self._rows} rows + {len(self._rejects)} rejects are not {samples} samples"
+                f"{self._shard.url}: {self._rows} rows + {self._rejects.count} rejects are not {samples} samples"
             )
         record = ShardRecord(
             name=self._shard.name,
@@ -239,7 +238,7 @@ class ShardWriter:
             version=self._shard.version,
             samples=samples,
             rows=self._rows,
-            rejects=len(self._rejects),
+            rejects=self._rejects.count,
             fingerprint=self._dataset.model.fingerprint,
             precision=precision,
             device=device,
@@ -248,11 +247,10 @@ class ShardWriter:
         self._flush()
         self._parquet.add_key_value_metadata({_FOOTER_KEY: json.dumps(asdict(record))})
         self._parquet.close()
-        if self._rejects:
-            _write_rejects(self._rejects_path, self._rejects)
+        self._rejects.publish()
         self._file.commit()
-        if not self._rejects:
-            self._rejects_path.unlink(missing_ok=True)
+        if not self._rejects.count:
+            self._rejects.path.unlink(missing_ok=True)
         return record
 
     def abort(self) -> None:
@@ -260,6 +258,7 @@ class ShardWriter:
         with contextlib.suppress(OSError, pa.ArrowException):  # closing writes, perhaps to a full disk
             self._parquet.close()
         self._file.abort()
+        self._rejects.abort()
 
     def _flush(self) -> None:
         if self._pending:
@@ -280,19 +279,51 @@ _PARQUET_OPTIONS: dict[str, Any] = {
 }
 
 
-def _write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
-    table = pa.Table.from_pylist([asdict(reject) for reject in rejects], schema=REJECT_SCHEMA)
-    with atomic_write(path) as file:
-        pq.write_table(table, file, compression="zstd")
+class _RejectsWriter:
+    """A rejects file that is begun with the first reject and written as they come: they may be many."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.count = 0
+        self._pending: list[Reject] = []
+        self._file: AtomicFile | None = None
+        self._parquet: pq.ParquetWriter | None = None
+
+    def append(self, reject: Reject) -> None:
+        self.count += 1
+        self._pending.append(reject)
+        if len(self._pending) >= ROW_GROUP_ROWS:
+            self._flush()
+
+    def publish(self) -> None:
+        self._flush()
+        if self._parquet is not None and self._file is not None:
+            self._parquet.close()
+            self._file.commit()
+
+    def abort(self) -> None:
+        if self._parquet is not None and self._file is not None:
+            with contextlib.suppress(OSError, pa.ArrowException):
+                self._parquet.close()
+            self._file.abort()
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        if self._parquet is None:
+            self._file = AtomicFile(self.path)
+            self._parquet = pq.ParquetWriter(self._file.file, REJECT_SCHEMA, compression="zstd")
+        self._parquet.write_table(pa.Table.from_pylist([asdict(r) for r in self._pending], schema=REJECT_SCHEMA))
+        self._pending = []
 
 
-def published_shards(folder: Path) -> dict[str, ShardRecord]:
+def published_shards(folder: str | Path) -> dict[str, ShardRecord]:
     """Records of all published shards of a directory, by name, in name order.
 
     Raises:
         StoreError: A file in embeddings/ is not one of clipindex.
     """
-    paths = sorted((folder / "embeddings").glob("[!.]*.parquet"))
+    paths = sorted((Path(folder) / "embeddings").glob("[!.]*.parquet"))
     with ThreadPoolExecutor(8) as pool:  # a footer is one small read; on a network file system, one round trip
         return {path.stem: record for path, record in zip(paths, pool.map(read_record, paths), strict=True)}
 
@@ -315,21 +346,25 @@ def read_record(path: Path) -> ShardRecord:
     return record
 
 
-def read_rejects(folder: Path, name: str) -> pa.Table:
-    """Rejects of one shard (key, member, stage, reason, tar_offset); no rows where it has none.
+def read_rejects(folder: str | Path, name: str) -> pa.Table:
+    """Rejects of one published shard (key, member, stage, reason, tar_offset); no rows where it has none.
 
     Raises:
-        StoreError: The file is damaged.
+        StoreError: A file is damaged, or the rejects are not those of the shard's embeddings.
     """
-    path = folder / "rejects" / f"{name}.parquet"
-    if not path.exists():
+    expected = read_record(Path(folder) / "embeddings" / f"{name}.parquet").rejects
+    if not expected:  # a file there is of an earlier run, stopped before it was removed
         return REJECT_SCHEMA.empty_table()
+    path = Path(folder) / "rejects" / f"{name}.parquet"
     with _open_parquet(path) as file:
-        return file.read()
+        rejects = file.read()
+    if rejects.num_rows != expected:
+        raise StoreError(f"{path} has {rejects.num_rows} rejects instead of {expected}; embed its tar with --refresh")
+    return rejects
 
 
 def read_embeddings(
-    folder: Path, columns: Sequence[str] = (), names: Sequence[str] | None = None
+    folder: str | Path, columns: Sequence[str] = (), names: Sequence[str] | None = None
 ) -> Iterator[EmbeddingBatch]:
     """Stream a directory's rows, shard by shard in name order and row group by row group.
 
@@ -344,6 +379,7 @@ def read_embeddings(
     Raises:
         StoreError: A file is damaged, or was made by another model than the directory's.
     """
+    folder = Path(folder)
     dataset = read_dataset(folder)
     if names is None:
         names = sorted(path.stem for path in (folder / "embeddings").glob("[!.]*.parquet"))
@@ -356,6 +392,22 @@ def read_embeddings(
                 " delete it and embed its tar again"
             )
         yield from _read_file(path, record, dataset, columns)
+
+
+def read_labels(folder: str | Path, names: Sequence[str] | None = None) -> Iterator[tuple[str, pa.Array, pa.Array]]:
+    """Shard name, keys and labels of each row group, without reading its embeddings.
+
+    Raises:
+        StoreError: A file is damaged.
+    """
+    embeddings = Path(folder) / "embeddings"
+    for name in names if names is not None else sorted(path.stem for path in embeddings.glob("[!.]*.parquet")):
+        with _open_parquet(embeddings / f"{name}.parquet") as file:
+            try:
+                for batch in file.iter_batches(ROW_GROUP_ROWS, columns=["key", "label"]):
+                    yield name, batch.column("key"), batch.column("label")
+            except (pa.ArrowException, OSError) as error:
+                raise StoreError(f"{embeddings / name}.parquet is damaged ({error}); embed its tar again") from error
 
 
 def _read_file(path: Path, record: ShardRecord, dataset: Dataset, columns: Sequence[str]) -> Iterator[EmbeddingBatch]:

@@ -18,6 +18,9 @@ MAX_EXTENSION_BYTES = 1 << 20
 MAX_TAIL_BYTES = 1 << 20
 """Writers pad an archive to a record of 10 KiB, by option to 1 MiB; more zeros are a download cut short."""
 
+MAX_SIZE = 1 << 60
+"""Bytes of a member from which on its header is taken for damaged; no file system holds one."""
+
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
 _EXTENSIONS = b"xXgLK"
 _KINDS = {
@@ -80,6 +83,8 @@ def read_members(stream: BinaryIO, wants: Callable[[str, int], bool]) -> Iterato
         if own or shared:
             name, size, kind = _apply(shared | own, name, size, kind, at)
             own = {}
+        if size >= MAX_SIZE:
+            raise ShardError(f"damaged: a member of {size} bytes at offset {at}")
         if type_flag == b"S":
             cursor.skip_sparse_maps(header)
         if kind in _WITHOUT_DATA:
@@ -175,10 +180,9 @@ def _signed_sum(header: bytes) -> int:
 
 def _octal(field: bytes, at: int) -> int:
     digits = field.partition(b"\0")[0].strip()
-    try:
-        return int(digits or b"0", 8)
-    except ValueError:
-        raise ShardError(f"damaged: no tar header at offset {at}") from None
+    if digits.strip(b"01234567"):  # int() would take signs and underscores as well
+        raise ShardError(f"damaged: no tar header at offset {at}")
+    return int(digits or b"0", 8)
 
 
 def _name(header: bytes) -> str:
@@ -217,7 +221,7 @@ def _apply(records: Mapping[str, str], name: str, size: int, kind: str, at: int)
         kind = "sparse file"
     name = records.get("GNU.sparse.name") or records.get("path") or name
     if "size" in records:
-        if not records["size"].isdecimal():
+        if not records["size"].isdecimal() or len(records["size"]) > 20:
             raise ShardError(f"damaged: pax size {records['size']!r} at offset {at}")
         size = int(records["size"])
     return name, size, kind

@@ -117,6 +117,10 @@ class ImageEncoder(Protocol):
 
     info: ModelInfo
 
+    def new_batch(self, size: int) -> UInt8Array:
+        """Memory for images, uint8 [size, H, W, 3], from which the device copies fastest."""
+        ...
+
     def encode(self, images: UInt8Array) -> tuple[Float32Array, Float32Array]:
         """Embed uint8 RGB images [N, H, W, 3]: unit embeddings [N, D] and their norms before normalising [N]."""
         ...

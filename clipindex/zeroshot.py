@@ -17,12 +17,12 @@ from threadpoolctl import threadpool_limits
 from clipindex.decode import decode_image
 from clipindex.encode import ImageTower, TextTower, choose_device, choose_precision
 from clipindex.errors import ClassesError, SampleError, SourceError, UsageError
-from clipindex.fileio import AtomicFile, atomic_write
+from clipindex.fileio import AtomicFile, atomic_write, remove_stale_temporaries
 from clipindex.index import SCAN_ROWS, Neighbours, flat_index, scan
 from clipindex.metrics import ClassificationCounts
 from clipindex.models import LoadedModel, load_model
 from clipindex.prompts import check_classes, check_templates, embed_classes, read_classes, read_templates
-from clipindex.store import EmbeddingBatch, check_fingerprint, read_dataset, read_embeddings
+from clipindex.store import EmbeddingBatch, check_fingerprint, read_dataset, read_embeddings, read_labels
 from clipindex.threads import num_cores, prefetch
 from clipindex.types import Float32Array, ModelInfo, ModelSpec
 
@@ -33,7 +33,7 @@ METRICS_FILE = "metrics.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClassifySummary:
-    """What a classification found; metrics.json beside the predictions holds the same, and each class."""
+    """What a classification found; metrics.json beside the predictions holds the same, and the prompts."""
 
     out: str
     """Where the predictions lie."""
@@ -47,6 +47,8 @@ class ClassifySummary:
     """Of labelled rows; None without any, as the next two."""
     acc5: float | None
     mean_per_class_recall: float | None
+    per_class: list[dict[str, Any]]
+    """In class order: id, name, support (rows with that label), recall, recall5; None where a class does not occur."""
     seconds: float
     """Reading, search and writing; loading the model and embedding the prompts apart."""
     images_per_s: float
@@ -119,6 +121,7 @@ def classify(
     templates: str | Path | Sequence[str] = "simple",
     top: int = 5,
     model: ModelSpec | None = None,
+    shards: Sequence[str] | None = None,
     out: str | Path | None = None,
     device: str = "auto",
     precision: str = "auto",
@@ -133,7 +136,8 @@ def classify(
         templates: A file, a built-in set (`prompts.TEMPLATE_SETS`), or the templates.
         top: Classes to write for each image.
         model: How to load the model, where the directory's record does not lead to its weights on this machine.
-        out: Where predictions go; `folder`/predictions by default.
+        shards: Names of the shards to classify, as in `ShardRecord`; all by default.
+        out: Where predictions go; `folder`/predictions by default. An earlier run's are replaced.
         device: Where to run the text tower.
         precision: Of the text tower.
         on_classes: Called with the number of classes whose prompts are embedded.
@@ -145,22 +149,27 @@ def classify(
     Raises:
         ClassesError: Class names or templates will not do, or a label is beyond the class list.
         FingerprintError: The embeddings are not of `model`.
+        UsageError: `out` holds Parquet files that no classification wrote.
         ClipindexError: Others of its kinds; see `errors`.
     """
     if top < 1:
         raise UsageError(f"top {top}: give at least 1")
     folder = Path(folder)
     dataset = read_dataset(folder)
+    target = Path(out) if out is not None else folder / "predictions"
+    earlier = _earlier_predictions(target)
     names = read_classes(classes) if isinstance(classes, str | Path) else classes
     prompts = read_templates(templates) if isinstance(templates, str | Path) else templates
     loaded = load_model(model or dataset.model.spec)
     check_fingerprint(folder, dataset.model, loaded.info)
     classifier = build_classifier(loaded, names, prompts, device=device, precision=precision, on_classes=on_classes)
-    target = Path(out) if out is not None else folder / "predictions"
     counts = ClassificationCounts(len(names))
-    _remove_predictions(target)
+    _check_labels(folder, shards, len(names))
+    for path in earlier:
+        path.unlink()
+    remove_stale_temporaries(target)
     started = time.perf_counter()
-    shards, rows = predict_directory(folder, classifier, target, top, counts, on_progress)
+    written, rows = predict_directory(folder, classifier, target, top, counts, on_progress, shards)
     seconds = time.perf_counter() - started
     measured = counts.overall()
     summary = ClassifySummary(
@@ -174,13 +183,14 @@ def classify(
         acc1=measured["acc1"],
         acc5=measured["acc5"],
         mean_per_class_recall=measured["mean_per_class_recall"],
+        per_class=[
+            {"id": at, "name": name, **row}
+            for at, (name, row) in enumerate(zip(names, counts.per_class(), strict=True))
+        ],
         seconds=round(seconds, 3),
         images_per_s=round(rows / seconds, 1),
     )
-    per_class = [
-        {"id": at, "name": name, **c} for at, (name, c) in enumerate(zip(names, counts.per_class(), strict=True))
-    ]
-    document = {**asdict(summary), "prompts": list(prompts), "per_class": per_class, "shards": shards}
+    document = {**asdict(summary), "prompts": list(prompts), "shards": written}
     with atomic_write(target / METRICS_FILE) as file:
         file.write(json.dumps(document, indent=2).encode() + b"\n")
     return summary
@@ -230,7 +240,8 @@ def predict_directory(
     target: Path,
     top: int,
     counts: ClassificationCounts,
-    on_progress: Callable[[int], None],
+    on_progress: Callable[[int], None] = lambda num_rows: None,
+    shards: Sequence[str] | None = None,
 ) -> tuple[list[str], int]:
     """Classify every row of a directory; reading, searching and writing each have a thread.
 
@@ -239,14 +250,14 @@ def predict_directory(
         classifier: Of the same model.
         target: Where the predictions go.
         top: Classes to write for each image.
-        counts: Added to, from the rows that have labels.
+        counts: Added to, from the rows that have labels, all of which are within its classes.
         on_progress: Called with the number of rows classified.
+        shards: Names of the shards to classify; all by default.
 
     Returns:
         Names of the shards that have predictions, and the number of rows.
 
     Raises:
-        ClassesError: A label is beyond the class list.
         StoreError: A file is damaged.
     """
     rows = 0
@@ -255,12 +266,14 @@ def predict_directory(
         # A product of its own for each core: BLAS threads that wait for each other lose most of a busy machine.
         threadpool_limits(1, user_api="blas"),
         ThreadPoolExecutor(num_cores()) as pool,
-        contextlib.closing(prefetch(read_embeddings(folder, ("key", "label")), 2)) as batches,
+        contextlib.closing(prefetch(read_embeddings(folder, ("key", "label"), shards), 2)) as batches,
         contextlib.closing(prefetch(_search(batches, classifier, max(top, NUM_RANKED), pool), 2)) as found,
         _PredictionWriter(target) as writer,
     ):
         for batch, neighbours in found:
-            _count(batch, neighbours, classifier, counts)
+            labels = batch.columns["label"]
+            labelled = np.asarray(labels.is_valid())
+            counts.add(labels.fill_null(0).to_numpy()[labelled], neighbours.ids[labelled])
             writer.write(batch.shard.name, _table(batch, neighbours, names, top))
             rows += len(neighbours.ids)
             on_progress(rows)
@@ -276,20 +289,16 @@ def _search(
         yield batch, Neighbours(*(np.concatenate(field) for field in zip(*parts, strict=True)))
 
 
-def _count(
-    batch: EmbeddingBatch, found: Neighbours, classifier: ZeroShotClassifier, counts: ClassificationCounts
-) -> None:
-    labels = batch.columns["label"]
-    labelled = np.asarray(labels.is_valid())
-    values = labels.fill_null(0).to_numpy()
-    beyond = np.flatnonzero(labelled & ((values < 0) | (values >= len(classifier.classes))))
-    if len(beyond):
-        raise ClassesError(
-            f"label {values[beyond[0]]} of key {batch.columns['key'][int(beyond[0])].as_py()!r} ({batch.shard.url}) is"
-            f" beyond the {len(classifier.classes)} classes (ids 0 to {len(classifier.classes) - 1});"
-            " give the class file that the labels count in"
-        )
-    counts.add(values[labelled], found.ids[labelled])
+def _check_labels(folder: Path, shards: Sequence[str] | None, num_classes: int) -> None:
+    """Refuse labels beyond the classes, before anything of an earlier run is touched."""
+    for name, keys, labels in read_labels(folder, shards):
+        values = labels.fill_null(0).to_numpy()
+        beyond = np.flatnonzero((values < 0) | (values >= num_classes))
+        if len(beyond):
+            raise ClassesError(
+                f"label {values[beyond[0]]} of key {keys[int(beyond[0])].as_py()!r} (shard {name}) is beyond the"
+                f" {num_classes} classes (ids 0 to {num_classes - 1}); give the class file that the labels count in"
+            )
 
 
 def _table(batch: EmbeddingBatch, found: Neighbours, names: pa.StringArray, top: int) -> pa.Table:
@@ -348,10 +357,26 @@ class _PredictionWriter:
         self._file = self._parquet = None
 
 
-def _remove_predictions(target: Path) -> None:
-    """Remove an earlier run's files, by its own list of them, so that two class lists never mix."""
+def _earlier_predictions(target: Path) -> list[Path]:
+    """Files of an earlier run, by its own list of them; refuses a folder that holds other Parquet files."""
     metrics = target / METRICS_FILE
+    listed: list[str] = []
     if metrics.exists():
-        for shard in json.loads(metrics.read_bytes()).get("shards", []):
-            (target / f"{shard}.parquet").unlink(missing_ok=True)
-        metrics.unlink()
+        try:
+            listed = [str(name) for name in json.loads(metrics.read_bytes())["shards"]]
+        except (ValueError, TypeError, KeyError) as error:
+            raise UsageError(f"{metrics} is not of a classification; write predictions elsewhere") from error
+    ours = {target / f"{name}.parquet" for name in listed if "/" not in name}
+    found = sorted(target.glob("[!.]*.parquet"))
+    for path in found:
+        if path not in ours and not _is_prediction(path):
+            raise UsageError(f"{path} was written by no classification; write predictions elsewhere")
+    return [*found, metrics] if metrics.exists() else found
+
+
+def _is_prediction(path: Path) -> bool:
+    """Whether a file has a prediction's columns: a run that was stopped left no list of its own."""
+    try:
+        return {"class_id", "probability"} <= set(pq.read_schema(path).names)
+    except (pa.ArrowException, OSError):
+        return False

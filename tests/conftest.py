@@ -24,6 +24,9 @@ class PixelEncoder:
             logit_bias=None,
         )
 
+    def new_batch(self, size):
+        return np.zeros((size, *self.info.preprocess.size, 3), np.uint8)
+
     def encode(self, images):
         size = self.info.preprocess.size[0] // 4
         blocks = images.reshape(len(images), 4, size, 4, size, 3).astype(np.float32).mean(axis=(2, 4))

@@ -64,12 +64,18 @@ def load_model(spec: ModelSpec) -> LoadedModel:
         ModelError: anything that keeps the weights from being exactly the ones asked for, used as they were
             trained.
     """
-    recipe = resolve(spec)
-    model = _build(recipe)
+    try:
+        recipe = resolve(spec)
+        model = _build(recipe)
+        preprocess = _preprocess(model, recipe)
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
+        if isinstance(error, ModelError):
+            raise
+        # A config may hold any JSON at all; what it means by that only its author knows.
+        raise ModelError(f"{spec.name}: its config cannot be understood ({type(error).__name__}: {error})") from error
     if recipe.weights:
         _fit(model, recipe)
     model.eval().requires_grad_(False)
-    preprocess = _preprocess(model, recipe)
     scale, bias = model.logit_scale, model.logit_bias
     info = ModelInfo(
         spec=recipe.spec,

@@ -78,7 +78,7 @@ class Recipe:
 
 
 def canonical_architecture(model_cfg: Config) -> Config:
-    """An architecture spelled one way: defaults filled in, fields without effect on features left out.
+    """An architecture spelled one way: defaults and fields without effect on features left out.
 
     Raises:
         ModelError: a field that open_clip does not know.
@@ -87,11 +87,17 @@ def canonical_architecture(model_cfg: Config) -> Config:
     for key, known in (("vision_cfg", open_clip.CLIPVisionCfg), ("text_cfg", open_clip.CLIPTextCfg)):
         try:
             tower = asdict(known(**model_cfg[key]))
+            defaults = asdict(known())
         except TypeError as error:
             raise ModelError(f"{key}: {error}; this version of open_clip does not know it, upgrade it") from error
         tower["mlp_width"] = int(tower["width"] * tower.pop("mlp_ratio"))
-        towers[key] = {name: value for name, value in tower.items() if name not in _WITHOUT_EFFECT[key]}
-    size = towers["vision_cfg"]["image_size"]
+        # Only what is not the default: a field that a later open_clip adds must not rename every model.
+        towers[key] = {
+            name: value
+            for name, value in tower.items()
+            if name not in _WITHOUT_EFFECT[key] and (name not in defaults or value != defaults[name])
+        }
+    size = towers["vision_cfg"].get("image_size", open_clip.CLIPVisionCfg().image_size)
     towers["vision_cfg"]["image_size"] = [size, size] if isinstance(size, int) else list(size)
     extra = {"multimodal_cfg": model_cfg["multimodal_cfg"]} if "multimodal_cfg" in model_cfg else {}
     return {
