@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -127,9 +128,8 @@ def _draw_sheet(folder: Path) -> None:
 
 
 def _spread(found: list[tuple[bytes, str, bool]]) -> list[tuple[bytes, str, bool]]:
-    """As many as fit a block of the sheet, taken evenly from all."""
-    wanted = min(len(found), _ROWS_PER_SET * _COLUMNS)
-    return [found[at * len(found) // wanted] for at in range(wanted)]
+    """As many as fit a block of the sheet, the same ones each time."""
+    return random.Random(0).sample(found, min(len(found), _ROWS_PER_SET * _COLUMNS))
 
 
 def _predictions(folder: Path) -> Iterator[tuple[bytes, str, bool]]:

@@ -255,7 +255,7 @@ def _is_stale(path: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         age = time.time() - path.stat().st_mtime
         # Between creating a file and locking it lies an instant.
-        return age > STALE_AFTER_S or (parts[-4] == _host() and age > 1 and not _is_locked(path))
+        return age > STALE_AFTER_S or (parts[-4] == _host() and age > 0.1 and not _is_locked(path))
     return False
 
 

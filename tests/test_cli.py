@@ -92,6 +92,8 @@ def test_json_is_the_only_thing_on_standard_output_and_logs_are_lines(tmp_path):
         (["classify", "nowhere", "--classes", "c.txt"], 2, "--out and --model"),
         (["classify", "--image", "x.jpg", "--classes", "c.txt", *TINY], 1, "c.txt"),
         (["frobnicate"], 2, "No such command"),
+        (["classify", "--image", "x.jpg", "--classes", "c.txt", *TINY, "--refresh"], 2, "--refresh does not apply"),
+        (["classify", "a.tar", "--classes", "c.txt", "--out", "o", "--random-init", "1"], 2, "--random-init does not"),
     ],
 )
 def test_mistakes_end_in_one_line_and_a_status(tmp_path, arguments, status, message):
@@ -101,6 +103,32 @@ def test_mistakes_end_in_one_line_and_a_status(tmp_path, arguments, status, mess
     assert done.returncode == status, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_part_of_the_source_is_not_classified_as_if_it_were_all(tmp_path):
+    whole = write_tar(tmp_path / "wds" / "0.tar", labelled(["a", "b"])).read_bytes()
+    (tmp_path / "wds" / "1.tar").write_bytes(whole[:3000])
+    (tmp_path / "c.txt").write_text("cat\ndog\nbird\n")
+    command = ["classify", tmp_path / "wds", "--classes", tmp_path / "c.txt", "--out", tmp_path / "out", *TINY]
+    done = clipindex(*command)
+    assert done.returncode == 1
+    assert "not classified" in done.stderr
+    assert not (tmp_path / "out" / "predictions").exists()
+    write_tar(tmp_path / "wds" / "1.tar", labelled(["c"]))
+    assert "3 images, 3 classes" in clipindex(*command).stdout
+
+
+def test_the_readmes_python_works(tmp_path):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    block = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
+    write_tar(tmp_path / "shards" / "000.tar", labelled(["a", "b"]))
+    (tmp_path / "classes.txt").write_text("cat\ndog\nbird\n")
+    block = block.replace("{000..999}", "000").replace(
+        'model="ViT-B-32", pretrained="laion2b_s34b_b79k"', 'model="demo"'
+    )
+    done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) >= 0
 
 
 def test_pack_then_embed_then_one_image(tmp_path):
@@ -171,7 +199,7 @@ def test_two_runs_at_once_finish_and_agree(tmp_path):
 def test_a_full_disk_is_said_and_what_was_published_stays(tmp_path):
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=192k", "tmpfs", small]).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", small]).returncode:
         pytest.skip("no right to mount here")
     try:
         for at in range(4):

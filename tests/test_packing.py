@@ -597,7 +597,7 @@ pack(sys.argv[1], sys.argv[2], max_samples=10, overwrite=len(sys.argv) > 3, on_p
 
 
 def run_killed(*args):
-    root = Path(clipindex.packing.__file__).parents[1]
+    root = Path(clipindex.packing.__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", KILLED, *map(str, args)],
         env=os.environ | {"PYTHONPATH": str(root)},
@@ -745,6 +745,6 @@ def test_progress_counts_samples_and_rejects(tmp_path):
 
 
 def test_packing_loads_no_torch():
-    root = Path(clipindex.packing.__file__).parents[1]
+    root = Path(clipindex.packing.__file__).parents[2]
     code = "import sys, clipindex.packing; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(root)}, check=True)

@@ -143,6 +143,26 @@ class TestListing:
         with pytest.raises(SourceError, match="refused"):
             list_shards([source])
 
+    def test_lists_that_will_not_do(self, corpus):
+        (corpus / "empty.txt").write_text("# nothing\n")
+        (corpus / "loop.txt").write_text(f"@{corpus}/loop.txt\n")
+        (corpus / "binary.txt").write_bytes(b"\xff\xfe")
+        for name, reason in {"empty": "names no source", "loop": "another list", "binary": "UTF-8"}.items():
+            with pytest.raises(SourceError, match=reason):
+                list_shards(f"@{corpus}/{name}.txt")
+        with pytest.raises(SourceError, match="brace"):
+            list_shards(f"{corpus}/train/{{0..2.tar")
+
+    def test_links_to_folders_are_followed_once(self, corpus):
+        (corpus / "test" / "more").symlink_to(corpus / "train")
+        (corpus / "train" / "back").symlink_to(corpus)
+        assert len(list_shards(str(corpus / "test"))) == 5
+
+    def test_a_folder_with_a_dot_in_front_gives_visible_names(self, tmp_path):
+        write_tar(tmp_path / ".wds" / "0.tar", labelled(["a"]))
+        (shard,) = list_shards(str(tmp_path / ".wds"))
+        assert not shard.name.startswith(".")
+
     def test_a_split_with_a_lost_tar_is_refused(self, corpus):
         (corpus / "train" / "1.tar").unlink()
         with pytest.raises(SourceError, match=r"nshards\.txt says 4, but there are 3 tars"):
@@ -164,3 +184,32 @@ class TestListing:
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args):
         pass
+
+
+class CuttingHandler(http.server.BaseHTTPRequestHandler):
+    """Promises a whole file and hangs up halfway."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "100000")
+        self.send_header("Last-Modified", "Sat, 21 Nov 2026 00:00:00 GMT")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(bytes(1000))
+            self.close_connection = True
+
+    do_HEAD = do_GET
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore")  # aiohttp's, of the connection that was cut
+def test_a_connection_that_drops_breaks_the_shard_and_not_the_job():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), CuttingHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        (shard,) = list_shards(f"http://127.0.0.1:{server.server_port}/0.tar?signature=1")
+        assert "2026" in shard.version
+        with pytest.raises(ShardError, match=r"0\.tar"):
+            list(read_samples(shard))
+        server.shutdown()

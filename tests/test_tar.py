@@ -116,6 +116,33 @@ def test_damage_is_named_with_its_offset(tmp_path):
         members_of(b"<html>" + bytes(2000))
 
 
+def with_field(data: bytes, start: int, value: bytes) -> bytes:
+    """A tar whose first header has another field, and a checksum that holds."""
+    changed = bytearray(data)
+    changed[start : start + len(value)] = value
+    changed[148:156] = b" " * 8
+    changed[148:156] = b"%06o\0 " % sum(changed[:512])
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("size", [b"-0000001000\0", b"1_00\0", b"0x10\0", b"\xff" * 12, b"\x80\x7f" + b"\xff" * 10])
+def test_sizes_that_no_file_has_are_damage(tmp_path, size):
+    data = write_tar(tmp_path / "t.tar", [("a.jpg", b"x" * 700)]).read_bytes()
+    with pytest.raises(ShardError, match="damaged"):
+        members_of(with_field(data, 124, size))
+
+
+@pytest.mark.parametrize("size", ["9" * 30, "9" * 5000, "-1", "1.5"])
+def test_pax_sizes_that_no_file_has_are_damage(size):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.pax_headers = {"size": size}
+        tar.addfile(info)
+    with pytest.raises(ShardError, match="damaged"):
+        members_of(buffer.getvalue())
+
+
 def test_tars_glued_together_are_refused(tmp_path):
     one = write_tar(tmp_path / "1.tar", [("a.jpg", b"x")]).read_bytes()
     with pytest.raises(ShardError, match="glued"):

@@ -1,6 +1,7 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from corpus import labelled, write_tar
@@ -8,7 +9,7 @@ from corpus import labelled, write_tar
 from clipindex import ModelSpec, build_classifier, classify, classify_images, embed, load_model, read_embeddings
 from clipindex.demo import DATA
 from clipindex.encode import TextTower, choose_device
-from clipindex.errors import ClassesError, FingerprintError, SampleError, SourceError
+from clipindex.errors import ClassesError, FingerprintError, SampleError, SourceError, UsageError
 from clipindex.store import published_shards
 
 DIGITS = DATA / "wds_digits"
@@ -75,12 +76,38 @@ def test_metrics_json_has_the_summary_and_each_class(digits, summary):
 def test_another_run_leaves_nothing_of_the_one_before(digits, tmp_path):
     out = tmp_path / "predictions"
     classify(digits, classes=CLASSES, templates="simple", out=out, top=3, precision="fp32", device="cpu")
-    stale = out / "unrelated.parquet"
-    pq.write_table(pq.read_table(next(out.glob("*.parquet"))), stale)
+    first = next(out.glob("*.parquet"))
+    first.rename(out / "gone-0-00000000.parquet")  # as of a shard that is no more
     classify(digits, classes=CLASSES, templates=TEMPLATES, out=out, top=1, precision="fp32", device="cpu")
-    ours = [path for path in out.glob("*.parquet") if path != stale]
-    assert {len(row) for path in ours for row in pq.read_table(path)["class_id"].to_pylist()} == {1}
-    assert stale.exists()  # not ours to remove
+    assert sorted(path.stem for path in out.glob("*.parquet")) == sorted(published_shards(digits))
+    assert {len(row) for path in out.glob("*.parquet") for row in pq.read_table(path)["class_id"].to_pylist()} == {1}
+
+
+@pytest.mark.parametrize("where", ["embeddings", "other"])
+def test_files_of_others_are_never_replaced(digits, tmp_path, where):
+    out = digits / "embeddings"
+    if where == "other":
+        out = tmp_path
+        pq.write_table(pa.table({"x": [1]}), out / "theirs.parquet")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(UsageError, match="written by no classification"):
+        classify(digits, classes=CLASSES, out=out, precision="fp32", device="cpu")
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_failed_run_leaves_the_one_before(digits, tmp_path):
+    out = tmp_path / "predictions"
+    classify(digits, classes=CLASSES, out=out, precision="fp32", device="cpu")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ClassesError, match="beyond"):
+        classify(digits, classes=["zero", "one"], out=out, precision="fp32", device="cpu")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_only_the_shards_asked_for_are_measured(digits, tmp_path):
+    name = sorted(published_shards(digits))[0]
+    found = classify(digits, classes=CLASSES, shards=[name], out=tmp_path / "p", precision="fp32", device="cpu")
+    assert found.rows == published_shards(digits)[name].rows
 
 
 def test_a_label_beyond_the_classes_is_named(digits, tmp_path):
