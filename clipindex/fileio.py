@@ -164,9 +164,7 @@ class AtomicFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         owner = f"{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
         self._temporary = self.path.parent / f".{self.path.name}.{owner}.tmp"
-        self.file: BinaryIO = open(self._temporary, "xb")
-        with contextlib.suppress(OSError):  # a file system without locks; age decides there
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.file: BinaryIO = _create_locked(self._temporary)
 
     def commit(self) -> None:
         """Sync, rename into place, sync the folder; on any failure nothing is left behind."""
@@ -240,32 +238,36 @@ def sync_folder(folder: Path) -> None:
 
 def remove_stale_temporaries(folder: Path) -> int:
     """Remove temporary files of runs that are dead: this host's if nobody holds their lock, other hosts' by age."""
-    removed = 0
-    for path in folder.glob(".*.tmp") if folder.is_dir() else ():
-        if _is_stale(path):
-            path.unlink(missing_ok=True)
-            removed += 1
-    return removed
+    return sum(_remove_if_stale(path) for path in folder.glob(".*.tmp")) if folder.is_dir() else 0
 
 
-def _is_stale(path: Path) -> bool:
+def _remove_if_stale(path: Path) -> bool:
     parts = path.name.split(".")  # …NAME, HOST, PID, TOKEN, tmp
     if len(parts) < 6 or not parts[-3].isdecimal():
         return False
-    with contextlib.suppress(FileNotFoundError):
-        age = time.time() - path.stat().st_mtime
-        # Between creating a file and locking it lies an instant.
-        return age > STALE_AFTER_S or (parts[-4] == _host() and age > 0.1 and not _is_locked(path))
-    return False
-
-
-def _is_locked(path: Path) -> bool:
-    with open(path, "rb") as file:
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            return False
+        # Another host's lock may not show here.
+        if parts[-4] == _host() or time.time() - path.stat().st_mtime > STALE_AFTER_S:
+            path.unlink()
             return True
     return False
+
+
+def _create_locked(path: Path) -> BinaryIO:
+    """Create a file and hold its lock, by which others see that its writer lives."""
+    while True:
+        file = open(path, "xb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:  # a file system without locks; age decides there
+            return file
+        if path.exists():
+            return file
+        file.close()  # taken for a dead run's in the instant before it was locked
 
 
 def _host() -> str:

@@ -1,5 +1,6 @@
 """Inner-product indexes in FAISS, and exact search of them."""
 
+import threading
 from typing import NamedTuple
 
 import faiss
@@ -7,10 +8,13 @@ import numpy as np
 
 from clipindex.types import Float32Array
 
-SCAN_ROWS = 256
-"""Queries a block of a scan: 1 MiB of scores against 1,000 vectors, which stays in a core's own cache."""
+SCAN_ROWS = 1024
+"""Queries a block of a scan: smaller blocks spend more on the interpreter than they save in the cache."""
 UNIT_TOLERANCE = 1e-3
 """Of a vector's length; float16 storage moves it by less."""
+
+
+_memory = threading.local()
 
 
 class Neighbours(NamedTuple):
@@ -56,7 +60,7 @@ def scan(
         logit_bias: None for softmax models (CLIP, eq. in figure 3 of arXiv:2103.00020); else added, and each logit goes
             through a sigmoid of its own (SigLIP, arXiv:2303.15343).
     """
-    scores = queries @ stored_vectors(index).T
+    scores = _product(queries, stored_vectors(index))
     rows = np.arange(len(queries))
     ids = np.empty((len(queries), k), np.int32)
     cosines = np.empty((len(queries), k), np.float32)
@@ -73,5 +77,17 @@ def scan(
     kept = np.exp(logit_scale * (cosines - top))
     scores -= top
     scores *= logit_scale
-    total = kept.sum(axis=1, keepdims=True) + np.exp(scores, out=scores).sum(axis=1, keepdims=True)
+    # As a product, since NumPy sums along short rows at a third of that speed.
+    others = np.exp(scores, out=scores) @ np.ones((scores.shape[1], 1), np.float32)
+    total = kept.sum(axis=1, keepdims=True) + others
     return Neighbours(ids, cosines, kept / total)
+
+
+def _product(queries: Float32Array, vectors: Float32Array) -> Float32Array:
+    """Scores [N, C], in memory that a thread uses again: faulting fresh pages in costs a fifth of the product."""
+    wanted = len(queries) * len(vectors)
+    memory: Float32Array | None = getattr(_memory, "scores", None)
+    if memory is None or memory.size < wanted:
+        memory = _memory.scores = np.empty(wanted, np.float32)
+    scores: Float32Array = np.matmul(queries, vectors.T, out=memory[:wanted].reshape(len(queries), len(vectors)))
+    return scores
