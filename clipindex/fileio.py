@@ -4,6 +4,7 @@ Reading goes through fsspec for remote schemes and the operating system for loca
 ``pipe:`` and every scheme outside `REMOTE_SCHEMES` is refused.
 """
 
+import atexit
 import contextlib
 import fcntl
 import io
@@ -164,6 +165,7 @@ class AtomicFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         owner = f"{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
         self._temporary = self.path.parent / f".{self.path.name}.{owner}.tmp"
+        _unfinished.add(self._temporary)
         self.file: BinaryIO = _create_locked(self._temporary)
 
     def commit(self) -> None:
@@ -176,6 +178,7 @@ class AtomicFile:
         except BaseException:
             self.abort()
             raise
+        _unfinished.discard(self._temporary)
         sync_folder(self.path.parent)
 
     def abort(self) -> None:
@@ -183,6 +186,17 @@ class AtomicFile:
         with contextlib.suppress(OSError):  # a full disk fails the flush in close, and the bytes go anyway
             self.file.close()
         self._temporary.unlink(missing_ok=True)
+        _unfinished.discard(self._temporary)
+
+
+_unfinished: set[Path] = set()
+
+
+@atexit.register
+def _remove_unfinished() -> None:
+    """Remove what a signal left between a file's creation and the handler that would have aborted it."""
+    for path in _unfinished:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
