@@ -24,6 +24,7 @@ from clipindex.zeroshot import ZeroShotClassifier, predict_directory
 DIM = 512
 NUM_CLASSES = 1000
 NUM_SHARDS = 4
+BATCH = 256
 INFO = ModelInfo(
     spec=ModelSpec(name="synthetic"),
     fingerprint="0" * 64,
@@ -96,7 +97,10 @@ def _write(root: Path, rng: np.random.Generator, vectors: Float32Array, num_rows
             Sample(key=f"{at}_{i}", member=f"{at}_{i}.jpg", image=b"", tar_offset=0, label=int(labels[i]))
             for i in range(number)
         ]
-        writer.append(samples, rows, np.ones(number, np.float32), [(1, 1)] * number)
+        for start in range(0, number, BATCH):  # as an embedding job does
+            batch = slice(start, min(start + BATCH, number))
+            sizes = [(1, 1)] * (batch.stop - start)
+            writer.append(samples[batch], rows[batch], np.ones(len(sizes), np.float32), sizes)
         writer.publish(samples=number, precision="fp32", device="cpu", seconds=0.0)
 
 

@@ -163,8 +163,7 @@ class AtomicFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        owner = f"{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
-        self._temporary = self.path.parent / f".{self.path.name}.{owner}.tmp"
+        self._temporary = _temporary_beside(self.path)
         _unfinished.add(self._temporary)
         self.file: BinaryIO = _create_locked(self._temporary)
 
@@ -220,7 +219,7 @@ def create_exclusive(path: Path, data: bytes) -> bool:
     if path.exists():
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    temporary = _temporary_beside(path)
     try:
         with open(temporary, "xb") as file:
             file.write(data)
@@ -253,6 +252,10 @@ def sync_folder(folder: Path) -> None:
 def remove_stale_temporaries(folder: Path) -> int:
     """Remove temporary files of runs that are dead: this host's if nobody holds their lock, other hosts' by age."""
     return sum(_remove_if_stale(path) for path in folder.glob(".*.tmp")) if folder.is_dir() else 0
+
+
+def _temporary_beside(path: Path) -> Path:
+    return path.parent / f".{path.name}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
 
 
 def _remove_if_stale(path: Path) -> bool:

@@ -1,20 +1,20 @@
 """Inner-product indexes in FAISS, and exact search of them."""
 
+import math
 import threading
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
+import torch
 
 from clipindex.types import Float32Array
 
-SCAN_ROWS = 1024
-"""Queries a block of a scan: smaller blocks spend more on the interpreter than they save in the cache."""
+SCAN_ROWS = 512
+"""Queries a block of a scan: their scores against 1,000 vectors are 2 MB. Fewer pay for the interpreter, more for the
+cache."""
 UNIT_TOLERANCE = 1e-3
 """Of a vector's length; float16 storage moves it by less."""
-
-
-_memory = threading.local()
 
 
 class Neighbours(NamedTuple):
@@ -44,7 +44,7 @@ def stored_vectors(index: faiss.IndexFlatIP) -> Float32Array:
 
 
 def scan(
-    index: faiss.IndexFlatIP, queries: Float32Array, k: int, *, logit_scale: float, logit_bias: float | None
+    index: faiss.IndexFlatIP, queries: np.ndarray[Any, Any], k: int, *, logit_scale: float, logit_bias: float | None
 ) -> Neighbours:
     """Search an index exactly, and say how probable each neighbour is among all of its vectors.
 
@@ -54,13 +54,25 @@ def scan(
 
     Args:
         index: C unit vectors.
-        queries: Unit vectors [N, D]; a few hundred at a time are fastest.
-        k: Neighbours to keep, at most C.
+        queries: Unit vectors [N, D] of any float type, any number: they are taken `SCAN_ROWS` at a time.
+        k: Neighbours to keep; C where that is less.
         logit_scale: Multiplies cosines; from the model.
         logit_bias: None for softmax models (CLIP, eq. in figure 3 of arXiv:2103.00020); else added, and each logit goes
             through a sigmoid of its own (SigLIP, arXiv:2303.15343).
     """
-    scores = _product(queries, stored_vectors(index))
+    k = min(k, index.ntotal)
+    blocks = [
+        _scan_block(index, queries[at : at + SCAN_ROWS], k, logit_scale, logit_bias)
+        for at in range(0, max(len(queries), 1), SCAN_ROWS)
+    ]
+    return Neighbours(*(np.concatenate(field) for field in zip(*blocks, strict=True)))
+
+
+def _scan_block(
+    index: faiss.IndexFlatIP, queries: np.ndarray[Any, Any], k: int, logit_scale: float, logit_bias: float | None
+) -> Neighbours:
+    scores = _scratch("scores", len(queries), index.ntotal)
+    np.matmul(_widened(queries), stored_vectors(index).T, out=scores)
     rows = np.arange(len(queries))
     ids = np.empty((len(queries), k), np.int32)
     cosines = np.empty((len(queries), k), np.float32)
@@ -75,19 +87,26 @@ def scan(
         )
     top = cosines[:, :1]
     kept = np.exp(logit_scale * (cosines - top))
-    scores -= top
-    scores *= logit_scale
-    # As a product, since NumPy sums along short rows at a third of that speed.
-    others = np.exp(scores, out=scores) @ np.ones((scores.shape[1], 1), np.float32)
-    total = kept.sum(axis=1, keepdims=True) + others
+    # By PyTorch and to the base of two, which takes half of the time of NumPy's exp.
+    others = torch.from_numpy(scores).sub_(torch.from_numpy(top)).mul_(logit_scale * math.log2(math.e)).exp2_()
+    total = kept.sum(axis=1, keepdims=True) + others.sum(1, keepdim=True).numpy()
     return Neighbours(ids, cosines, kept / total)
 
 
-def _product(queries: Float32Array, vectors: Float32Array) -> Float32Array:
-    """Scores [N, C], in memory that a thread uses again: faulting fresh pages in costs a fifth of the product."""
-    wanted = len(queries) * len(vectors)
-    memory: Float32Array | None = getattr(_memory, "scores", None)
-    if memory is None or memory.size < wanted:
-        memory = _memory.scores = np.empty(wanted, np.float32)
-    scores: Float32Array = np.matmul(queries, vectors.T, out=memory[:wanted].reshape(len(queries), len(vectors)))
-    return scores
+def _widened(queries: np.ndarray[Any, Any]) -> Float32Array:
+    """Queries [N, D] in float32; PyTorch widens half floats ten times as fast as NumPy."""
+    wide = _scratch("queries", *queries.shape)
+    torch.from_numpy(wide).copy_(torch.from_numpy(queries))
+    return wide
+
+
+_memory = threading.local()
+
+
+def _scratch(name: str, rows: int, columns: int) -> Float32Array:
+    """Memory [rows, columns] that a thread uses again: faulting fresh pages in costs a fifth of the product."""
+    memory: Float32Array | None = getattr(_memory, name, None)
+    if memory is None or memory.size < rows * columns:
+        memory = np.empty(rows * columns, np.float32)
+        setattr(_memory, name, memory)
+    return memory[: rows * columns].reshape(rows, columns)

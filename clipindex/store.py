@@ -71,7 +71,7 @@ class EmbeddingBatch:
     first_row: int
     """Row number, within the shard, of the first row."""
     embedding: np.ndarray[Any, Any]
-    """Unit vectors [n, D], in the directory's dtype; a view of the file's pages, read-only."""
+    """Unit vectors [n, D], in the directory's dtype: a view of what Arrow read, the batch's own."""
     columns: dict[str, Any]
     """The other columns that were asked for, as Arrow arrays of length n."""
 
@@ -175,6 +175,35 @@ def describe_model(model: ModelInfo) -> str:
     return f"{spec.name}{f' ({weights})' if weights else ''} [{model.dim}-d, fingerprint {model.fingerprint[:12]}]"
 
 
+class AtomicParquet:
+    """A Parquet file that appears under its name with its last row, or not at all; `commit` or `abort` ends it."""
+
+    def __init__(self, path: Path, schema: pa.Schema, **options: Any) -> None:  # noqa: ANN401 - of pq.ParquetWriter
+        self._file = AtomicFile(path)
+        self._writer = pq.ParquetWriter(self._file.file, schema, **options)
+
+    def write(self, table: pa.Table, row_group_size: int = 2 * ROW_GROUP_ROWS) -> None:
+        """Append a table as row groups of at most `row_group_size` rows."""
+        self._writer.write_table(table, row_group_size=row_group_size)
+
+    def commit(self, footer: dict[bytes, str] | None = None) -> None:
+        """Write the footer, with what is to be said in it, and let the file appear."""
+        try:
+            if footer:
+                self._writer.add_key_value_metadata(footer)
+            self._writer.close()
+        except BaseException:
+            self._file.abort()
+            raise
+        self._file.commit()
+
+    def abort(self) -> None:
+        """Leave nothing behind; safe to call after `commit` failed."""
+        with contextlib.suppress(OSError, pa.ArrowException):  # closing writes, perhaps to a full disk
+            self._writer.close()
+        self._file.abort()
+
+
 class ShardWriter:
     """The two files of one shard while they are being written; `publish` or `abort` ends it."""
 
@@ -186,8 +215,7 @@ class ShardWriter:
         self._pending: list[pa.RecordBatch] = []
         self._rows = 0
         self._pending_rows = 0
-        self._file = AtomicFile(folder / "embeddings" / f"{shard.name}.parquet")
-        self._parquet = pq.ParquetWriter(self._file.file, self._schema, **_PARQUET_OPTIONS)
+        self._parquet = AtomicParquet(folder / "embeddings" / f"{shard.name}.parquet", self._schema, **_PARQUET_OPTIONS)
 
     def append(
         self,
@@ -245,24 +273,20 @@ class ShardWriter:
             seconds=round(seconds, 3),
         )
         self._flush()
-        self._parquet.add_key_value_metadata({_FOOTER_KEY: json.dumps(asdict(record))})
-        self._parquet.close()
         self._rejects.publish()
-        self._file.commit()
+        self._parquet.commit({_FOOTER_KEY: json.dumps(asdict(record))})
         if not self._rejects.count:
             self._rejects.path.unlink(missing_ok=True)
         return record
 
     def abort(self) -> None:
         """Leave nothing behind."""
-        with contextlib.suppress(OSError, pa.ArrowException):  # closing writes, perhaps to a full disk
-            self._parquet.close()
-        self._file.abort()
+        self._parquet.abort()
         self._rejects.abort()
 
     def _flush(self) -> None:
         if self._pending:
-            self._parquet.write_table(pa.Table.from_batches(self._pending), row_group_size=2 * ROW_GROUP_ROWS)
+            self._parquet.write(pa.Table.from_batches(self._pending))
         self._pending = []
         self._pending_rows = 0
 
@@ -286,8 +310,7 @@ class _RejectsWriter:
         self.path = path
         self.count = 0
         self._pending: list[Reject] = []
-        self._file: AtomicFile | None = None
-        self._parquet: pq.ParquetWriter | None = None
+        self._parquet: AtomicParquet | None = None
 
     def append(self, reject: Reject) -> None:
         self.count += 1
@@ -297,23 +320,19 @@ class _RejectsWriter:
 
     def publish(self) -> None:
         self._flush()
-        if self._parquet is not None and self._file is not None:
-            self._parquet.close()
-            self._file.commit()
+        if self._parquet is not None:
+            self._parquet.commit()
 
     def abort(self) -> None:
-        if self._parquet is not None and self._file is not None:
-            with contextlib.suppress(OSError, pa.ArrowException):
-                self._parquet.close()
-            self._file.abort()
+        if self._parquet is not None:
+            self._parquet.abort()
 
     def _flush(self) -> None:
         if not self._pending:
             return
         if self._parquet is None:
-            self._file = AtomicFile(self.path)
-            self._parquet = pq.ParquetWriter(self._file.file, REJECT_SCHEMA, compression="zstd")
-        self._parquet.write_table(pa.Table.from_pylist([asdict(r) for r in self._pending], schema=REJECT_SCHEMA))
+            self._parquet = AtomicParquet(self.path, REJECT_SCHEMA, compression="zstd")
+        self._parquet.write(pa.Table.from_pylist([asdict(r) for r in self._pending], schema=REJECT_SCHEMA))
         self._pending = []
 
 
@@ -422,11 +441,13 @@ def _read_file(path: Path, record: ShardRecord, dataset: Dataset, columns: Seque
             except (pa.ArrowException, OSError) as error:
                 raise StoreError(f"{path} is damaged ({error}); delete it and embed its tar again") from error
             for batch in table.to_batches():
-                vectors = batch.column("embedding").flatten().to_numpy(zero_copy_only=True)
+                flat = batch.column("embedding").flatten()
+                # Through the buffer, since Arrow's own views are read-only, which PyTorch will not take.
+                values = np.frombuffer(flat.buffers()[1], dataset.dtype)[flat.offset : flat.offset + len(flat)]
                 yield EmbeddingBatch(
                     shard=record,
                     first_row=row,
-                    embedding=vectors.reshape(batch.num_rows, dataset.model.dim),
+                    embedding=values.reshape(batch.num_rows, dataset.model.dim),
                     columns={column: batch.column(column) for column in columns},
                 )
                 row += batch.num_rows

@@ -1,13 +1,19 @@
-"""Threads: how many the machine has cores for, and an iterator that runs ahead of its consumer in one."""
+"""Threads: how many the machine has cores for, and work done in them whose results come in order."""
 
 import contextlib
 import os
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+import torch
+from threadpoolctl import threadpool_limits
+
 Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _POLL_S = 0.1
 """How soon a producer notices that its consumer has gone; costs nothing while items flow."""
@@ -23,6 +29,37 @@ class _End:
 
     def __init__(self, error: BaseException | None) -> None:
         self.error = error
+
+
+def map_in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], num_threads: int
+) -> Generator[Result, None, None]:
+    """Yield `function(item)` in the order of `items`, computed in threads, at most one more item in hand than those.
+
+    The consumer's thread draws the items. An exception of `function` reaches the consumer at its result's place.
+    Meanwhile PyTorch and BLAS have one thread a caller: teams of them that wait for each other waste a busy machine.
+    """
+    pool = ThreadPoolExecutor(num_threads)
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpool_limits(1, user_api="blas"):
+            yield from _map_in_order(pool, num_threads, function, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(torch_threads)
+
+
+def _map_in_order(
+    pool: ThreadPoolExecutor, num_threads: int, function: Callable[[Item], Result], items: Iterable[Item]
+) -> Iterator[Result]:
+    running: deque[Future[Result]] = deque()
+    for item in items:
+        running.append(pool.submit(function, item))
+        if len(running) > num_threads:
+            yield running.popleft().result()
+    while running:
+        yield running.popleft().result()
 
 
 def prefetch(items: Iterable[Item], size: int) -> Generator[Item, None, None]:

@@ -2,11 +2,8 @@
 
 import contextlib
 import json
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +11,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from threadpoolctl import threadpool_limits
 
 from clipindex.decode import decode_image
 from clipindex.encode import ImageTower, TextTower, choose_device, choose_precision
 from clipindex.errors import ClassesError, SampleError, SourceError, UsageError
-from clipindex.fileio import AtomicFile, atomic_write, remove_stale_temporaries
-from clipindex.index import SCAN_ROWS, Neighbours, flat_index, scan
+from clipindex.fileio import atomic_write, remove_stale_temporaries
+from clipindex.index import Neighbours, flat_index, scan
 from clipindex.metrics import ClassificationCounts
 from clipindex.models import LoadedModel, load_model
 from clipindex.prompts import check_classes, check_templates, embed_classes, read_classes, read_templates
-from clipindex.store import EmbeddingBatch, check_fingerprint, read_dataset, read_embeddings, read_labels
-from clipindex.threads import num_cores, prefetch
+from clipindex.store import AtomicParquet, EmbeddingBatch, check_fingerprint, read_dataset, read_embeddings, read_labels
+from clipindex.threads import map_in_order, num_cores
 from clipindex.types import Float32Array, ModelInfo, ModelSpec
-
-_memory = threading.local()
 
 NUM_RANKED = 5
 """Neighbours that acc5 needs, however few are written."""
@@ -77,35 +70,16 @@ class ZeroShotClassifier:
         self.classes = list(classes)
         self.model = model
         self.index = flat_index(vectors)
-        _hear_out_torch()
 
     def predict(self, embeddings: np.ndarray[Any, Any], k: int) -> Neighbours:
         """The `k` best classes, at most C, of unit embeddings [n, D] of any float type."""
         return scan(
             self.index,
-            _widened(embeddings),
-            min(k, len(self.classes)),
+            embeddings,
+            k,
             logit_scale=self.model.logit_scale,
             logit_bias=self.model.logit_bias,
         )
-
-
-def _hear_out_torch() -> None:
-    """Let PyTorch warn, unheard and once a process, that Arrow's pages are read-only: they are only read."""
-    page = np.zeros(1, np.float16)
-    page.setflags(write=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.from_numpy(page)
-
-
-def _widened(embeddings: np.ndarray[Any, Any]) -> Float32Array:
-    """Embeddings [n, D] in float32; PyTorch widens half floats ten times as fast as NumPy, and memory is used again."""
-    memory: torch.Tensor | None = getattr(_memory, "queries", None)
-    if memory is None or memory.shape[0] < len(embeddings) or memory.shape[1] != embeddings.shape[1]:
-        memory = _memory.queries = torch.empty(embeddings.shape)
-    widened: Float32Array = memory[: len(embeddings)].copy_(torch.from_numpy(embeddings)).numpy()
-    return widened
 
 
 def build_classifier(
@@ -267,7 +241,7 @@ def predict_directory(
     on_progress: Callable[[int], None] = lambda num_rows: None,
     shards: Sequence[str] | None = None,
 ) -> tuple[list[str], int]:
-    """Classify every row of a directory; reading, searching and writing each have a thread.
+    """Classify every row of a directory; this thread reads and writes, one a core searches.
 
     Args:
         folder: The embedding directory.
@@ -286,31 +260,24 @@ def predict_directory(
     """
     rows = 0
     names = pa.array(classifier.classes, pa.string())
+    batches = read_embeddings(folder, ("key", "label"), shards)
+
+    def search(batch: EmbeddingBatch) -> tuple[EmbeddingBatch, Neighbours, pa.Table]:
+        neighbours = classifier.predict(batch.embedding, max(top, NUM_RANKED))
+        return batch, neighbours, _table(batch, neighbours, names, top)
+
     with (
-        # A product of its own for each core: BLAS threads that wait for each other lose most of a busy machine.
-        threadpool_limits(1, user_api="blas"),
-        ThreadPoolExecutor(num_cores()) as pool,
-        contextlib.closing(prefetch(read_embeddings(folder, ("key", "label"), shards), 2)) as batches,
-        contextlib.closing(prefetch(_search(batches, classifier, max(top, NUM_RANKED), pool), 2)) as found,
+        contextlib.closing(map_in_order(search, batches, num_cores())) as found,
         _PredictionWriter(target) as writer,
     ):
-        for batch, neighbours in found:
+        for batch, neighbours, table in found:
             labels = batch.columns["label"]
             labelled = np.asarray(labels.is_valid())
             counts.add(labels.fill_null(0).to_numpy()[labelled], neighbours.ids[labelled])
-            writer.write(batch.shard.name, _table(batch, neighbours, names, top))
+            writer.write(batch.shard.name, table)
             rows += len(neighbours.ids)
             on_progress(rows)
     return writer.shards, rows
-
-
-def _search(
-    batches: Iterable[EmbeddingBatch], classifier: ZeroShotClassifier, k: int, pool: ThreadPoolExecutor
-) -> Iterator[tuple[EmbeddingBatch, Neighbours]]:
-    for batch in batches:
-        starts = range(0, len(batch.embedding), SCAN_ROWS)
-        parts = list(pool.map(lambda at: classifier.predict(batch.embedding[at : at + SCAN_ROWS], k), starts))  # noqa: B023
-        yield batch, Neighbours(*(np.concatenate(field) for field in zip(*parts, strict=True)))
 
 
 def _check_labels(folder: Path, shards: Sequence[str] | None, num_classes: int) -> None:
@@ -351,8 +318,7 @@ class _PredictionWriter:
     def __init__(self, target: Path) -> None:
         self.shards: list[str] = []
         self._target = target
-        self._file: AtomicFile | None = None
-        self._parquet: pq.ParquetWriter | None = None
+        self._parquet: AtomicParquet | None = None
 
     def __enter__(self) -> "_PredictionWriter":
         return self
@@ -360,29 +326,25 @@ class _PredictionWriter:
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         if error_type is None:
             self._finish()
-        elif self._file is not None and self._parquet is not None:
-            with contextlib.suppress(OSError, pa.ArrowException):  # closing writes, perhaps to a full disk
-                self._parquet.close()
-            self._file.abort()
+        elif self._parquet is not None:
+            self._parquet.abort()
 
     def write(self, shard: str, table: pa.Table) -> None:
         if not self.shards or self.shards[-1] != shard:
             self._finish()
             self.shards.append(shard)
-            self._file = AtomicFile(self._target / f"{shard}.parquet")
             # Class ids and names repeat; cosines do not, and a dictionary of them takes half of the writing time.
             repeating = ["shard", "label", "class_id.list.element", "class_name.list.element"]
-            self._parquet = pq.ParquetWriter(
-                self._file.file, table.schema, compression="zstd", use_dictionary=repeating
+            self._parquet = AtomicParquet(
+                self._target / f"{shard}.parquet", table.schema, compression="zstd", use_dictionary=repeating
             )
         assert self._parquet is not None
-        self._parquet.write_table(table)
+        self._parquet.write(table)
 
     def _finish(self) -> None:
-        if self._file is not None and self._parquet is not None:
-            self._parquet.close()
-            self._file.commit()
-        self._file = self._parquet = None
+        if self._parquet is not None:
+            self._parquet.commit()
+        self._parquet = None
 
 
 def _earlier_predictions(target: Path) -> list[Path]:
