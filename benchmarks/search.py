@@ -64,7 +64,8 @@ def main() -> None:
         )
     bare = rates["bare FAISS top-5, rows in memory"]
     rows: list[Row] = [
-        {"what": what, "rows_per_s": round(rate), "of bare FAISS": round(rate / bare, 2)} for what, rate in rates.items()
+        {"what": what, "rows_per_s": round(rate), "of bare FAISS": round(rate / bare, 2)}
+        for what, rate in rates.items()
     ]
     finish("search", rows, options.save)
 

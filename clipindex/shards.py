@@ -13,6 +13,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import BinaryIO, cast
 from urllib.parse import urlsplit
 
@@ -31,6 +32,7 @@ MAX_MEMBER_BYTES = 256 << 20
 """Largest member that is taken into memory; camera originals stay below a quarter of it."""
 
 _IMAGE_RANK = {extension: rank for rank, extension in enumerate(IMAGE_EXTENSIONS)}
+_TEXTS = {"cls", "txt", "json"}
 _LABEL_RANGE = range(-(2**31), 2**31)
 _NOTE = re.compile(r"__[^/]*__($|/)")
 
@@ -168,10 +170,10 @@ def _split_name(name: str) -> tuple[str, str]:
 
 def _wants(name: str, size: int) -> bool:
     extension = _split_name(name)[1].lower()
-    known = extension in _IMAGE_RANK or extension in ("cls", "txt", "json") or _image_rank(extension) is not None
-    return known and size <= MAX_MEMBER_BYTES
+    return size <= MAX_MEMBER_BYTES and (extension in _TEXTS or _image_rank(extension) is not None)
 
 
+@lru_cache(256)  # a corpus has a handful of extensions and asks for each of millions
 def _image_rank(extension: str) -> int | None:
     """Place in the look-up order; for ``x.jpg`` and the like after every plain extension."""
     if extension in _IMAGE_RANK:
@@ -205,20 +207,18 @@ def _sample(key: str, group: list[tuple[str, Member]], seen: set[str], seekable:
         reason = f"key {key!r} came before in this tar, apart from these members: {_names(group)}"
         return Reject(key=key, member=first.name, stage="tar", reason=reason, tar_offset=where)
     seen.add(key)
-    repeated = len({extension for extension, _ in group}) != len(group)
-    images = sorted(
-        (rank, at) for at, (extension, _) in enumerate(group) if (rank := _image_rank(extension)) is not None
-    )
+    fields = dict(group)
+    repeated = len(fields) != len(group)
+    images = sorted([(rank, extension) for extension in fields if (rank := _image_rank(extension)) is not None])
     if repeated or not images or _ambiguous(images):
         what = "a member twice" if repeated else "several images" if images else "no image"
         reason = f"{what} among the members: {_names(group)}"
         return Reject(key=key, member=first.name, stage="tar", reason=reason, tar_offset=where)
-    image = group[images[0][1]][1]
+    image = fields[images[0][1]]
     where = image.offset if seekable else None
     if image.data is None:
         odd = f"{image.size} bytes, more than {MAX_MEMBER_BYTES}" if image.kind == "file" else f"a {image.kind}"
         return Reject(key=key, member=image.name, stage="tar", reason=f"the image is {odd}", tar_offset=where)
-    fields = {extension: member for extension, member in group if extension in ("cls", "txt", "json")}
     try:
         return Sample(
             key=key,
@@ -233,7 +233,7 @@ def _sample(key: str, group: list[tuple[str, Member]], seen: set[str], seekable:
         return Reject(key=key, member=image.name, stage="label", reason=str(error), tar_offset=where)
 
 
-def _ambiguous(images: list[tuple[int, int]]) -> bool:
+def _ambiguous(images: list[tuple[int, str]]) -> bool:
     """Whether the best-ranked image is a compound extension with a rival: left.jpg beside right.jpg."""
     return images[0][0] >= len(_IMAGE_RANK) and len(images) > 1
 

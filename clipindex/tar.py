@@ -8,11 +8,13 @@ executed or unpickled, and no path in it is opened.
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, NoReturn
 
 from clipindex.errors import ShardError
 
 BLOCK_BYTES = 512
+SMALL_BYTES = 4096
+"""Members up to here are read together with the header that follows them."""
 MAX_EXTENSION_BYTES = 1 << 20
 """Longest extended header (long name, pax records) that is believed."""
 MAX_TAIL_BYTES = 1 << 20
@@ -67,8 +69,8 @@ def read_members(stream: BinaryIO, wants: Callable[[str, int], bool]) -> Iterato
     shared: dict[str, str] = {}
     own: dict[str, str] = {}
     while True:
-        at = cursor.offset
-        header = cursor.read(BLOCK_BYTES)
+        header = cursor.read_header()
+        at = cursor.offset - BLOCK_BYTES
         if header == _ZERO_BLOCK:
             cursor.check_tail()
             return
@@ -87,12 +89,12 @@ def read_members(stream: BinaryIO, wants: Callable[[str, int], bool]) -> Iterato
             raise ShardError(f"damaged: a member of {size} bytes at offset {at}")
         if type_flag == b"S":
             cursor.skip_sparse_maps(header)
-        if kind in _WITHOUT_DATA:
-            size = 0
         offset = cursor.offset
         data = None
         if kind == "file" and wants(name, size):
             data = cursor.read_data(size)
+        elif kind in _WITHOUT_DATA:
+            size = 0
         else:
             cursor.skip_data(size)
         if kind != "directory" and not name.endswith("/"):
@@ -105,21 +107,42 @@ class _Cursor:
     def __init__(self, stream: BinaryIO) -> None:
         self.stream = stream
         self.offset = 0
+        """Of the next byte that `read` would give."""
+        self._ahead = b""
+        self._padding = 0
         self._seekable = stream.seekable()
+
+    def read_header(self) -> bytes:
+        """The next header, with the padding before it passed over."""
+        self.offset += self._padding
+        header = self._ahead or self.stream.read(self._padding + BLOCK_BYTES)[self._padding :]
+        self._padding, self._ahead = 0, b""
+        self.offset += len(header)
+        if len(header) != BLOCK_BYTES:
+            self._raise_truncated()
+        return header
 
     def read(self, size: int) -> bytes:
         data = self.stream.read(size)
         self.offset += len(data)
         if len(data) != size:
-            raise ShardError(f"truncated: ends at offset {self.offset} without an end-of-archive block")
+            self._raise_truncated()
         return data
 
     def read_data(self, size: int) -> bytes:
-        padded = -size % BLOCK_BYTES
-        data = self.read(size)
-        if padded:
-            self.read(padded)
-        return data
+        """A member's data; a small one's in one read with the header after it, since a call costs more than bytes."""
+        self._padding = -size % BLOCK_BYTES
+        if size > SMALL_BYTES:
+            return self.read(size)
+        block = self.stream.read(size + self._padding + BLOCK_BYTES)
+        self.offset += min(size, len(block))
+        if len(block) < size:
+            self._raise_truncated()
+        self._ahead = block[size + self._padding :]
+        return block[:size]
+
+    def _raise_truncated(self) -> NoReturn:
+        raise ShardError(f"truncated: ends at offset {self.offset} without an end-of-archive block")
 
     def read_extension(self, size: int) -> bytes:
         if size > MAX_EXTENSION_BYTES:
@@ -163,7 +186,7 @@ def _size(header: bytes, at: int) -> int:
     """
     field = header[148:156]
     stored = _octal(field, at)
-    total = (zlib.adler32(header) & 0xFFFF) - 1 - sum(field) + 8 * 32
+    total = (zlib.adler32(header) & 0xFFFF) - (zlib.adler32(field) & 0xFFFF) + 8 * 32
     if (total - stored) % 65521 and not _signed_sum(header) == stored:
         raise ShardError(f"damaged: header checksum at offset {at} does not hold")
     size = header[124:136]
@@ -180,9 +203,14 @@ def _signed_sum(header: bytes) -> int:
 
 def _octal(field: bytes, at: int) -> int:
     digits = field.partition(b"\0")[0].strip()
-    if digits.strip(b"01234567"):  # int() would take signs and underscores as well
-        raise ShardError(f"damaged: no tar header at offset {at}")
-    return int(digits or b"0", 8)
+    if not digits:
+        return 0
+    try:
+        if digits.isdigit():  # int() would take signs and underscores as well
+            return int(digits, 8)
+    except ValueError:
+        pass
+    raise ShardError(f"damaged: no tar header at offset {at}")
 
 
 def _name(header: bytes) -> str:

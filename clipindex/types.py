@@ -5,7 +5,7 @@ Shapes: N images of a batch, H x W target pixels, D embedding dimensions, C clas
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -78,9 +78,8 @@ class Shard:
     """Changes with the content: 'mtime:NS' or 'etag:…'; empty where nothing is known."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """All members of a tar with one key, with the image still encoded."""
+class Sample(NamedTuple):
+    """All members of a tar with one key, with the image still encoded; a tuple, since millions are made."""
 
     key: str
     """Member name up to the first dot of its last component."""
