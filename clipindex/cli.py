@@ -141,7 +141,12 @@ def _model_options(*, required: bool) -> Callable[[Command], Command]:
 
 
 _device_options = [
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        help="cpu, cuda, cuda:N, several with commas between; auto is all CUDA devices, else the CPU.",
+    ),
     click.option(
         "--precision",
         type=click.Choice(["auto", "bf16", "fp16", "fp32"]),
@@ -315,10 +320,11 @@ def _embed_reporting() -> Iterator[tuple[Callable[["Plan"], None], Callable[["Pr
             )
 
         def on_progress(now: "Progress") -> None:
-            images = now.rows + now.rejects
+            counts = now.counts
+            images = counts.rows + counts.rejects
             rate = images / max(time.monotonic() - started, 1e-9)
-            note = f"{images:,} images, {rate:,.0f}/s, {now.rejects:,} rejects, shards {now.shards}/{num_shards}"
-            report(now.bytes, num_bytes, note)
+            note = f"{images:,} images, {rate:,.0f}/s, {counts.rejects:,} rejects, shards {counts.shards}/{num_shards}"
+            report(counts.bytes, num_bytes, note)
 
         yield on_plan, on_progress
 
@@ -409,7 +415,15 @@ def _embed_lines(summary: "EmbedSummary") -> list[str]:
         f"{summary.shards_embedded:,} shards embedded, {summary.shards_done_before:,} done before,"
         f" {len(summary.shards_failed):,} failed, {len(summary.shards_changed):,} changed since -> {summary.out}",
     ]
-    return lines + ([f"rejects: {stages}; why: {summary.out}/rejects"] if stages else [])
+    if stages:
+        lines.append(f"rejects: {stages}; why: {summary.out}/rejects")
+    if summary.samples:
+        busy = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in summary.stages.busy.items())
+        lines.append(
+            f"bound by {summary.stages.bound_by}; at work: {busy};"
+            f" the encoder waited {summary.stages.device_waited_s:,.1f} s for images"
+        )
+    return lines
 
 
 def _classify_lines(summary: "ClassifySummary") -> list[str]:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from clipindex.encode import ImageTower, choose_device, choose_precision
+from clipindex.encode import ImageTower, choose_devices, choose_precision
 from clipindex.errors import FingerprintError, UsageError
 from clipindex.fileio import atomic_write
 from clipindex.models import load_model
 from clipindex.pipeline import Progress, embed_shards
 from clipindex.shards import list_shards
+from clipindex.stages import StageTimes, stage_times
 from clipindex.store import DTYPES, Dataset, ShardRecord, open_dataset, published_shards
 from clipindex.types import ModelSpec, Shard
 from clipindex.version import CREATED_BY
@@ -40,6 +41,7 @@ class EmbedSummary:
     model: str
     fingerprint: str
     device: str
+    """Several with commas between."""
     precision: str
     batch_size: int
     shards: int
@@ -58,6 +60,8 @@ class EmbedSummary:
     seconds: float
     """From the first shard on; loading the model apart."""
     images_per_s: float
+    stages: StageTimes
+    """Which stage bound the run."""
 
     @property
     def reject_rate(self) -> float:
@@ -97,7 +101,7 @@ def embed(
         dtype: Of the embedding column: 'float16', or 'float32' for readers that know no half floats.
         batch_size: Images at once; 64 on a CPU and 256 on CUDA by default.
         decode_threads: One for each core by default.
-        device: 'auto', 'cpu', 'cuda' or 'cuda:N'.
+        device: 'cpu', 'cuda', 'cuda:N', several with commas between, or 'auto': all CUDA devices, else the CPU.
         precision: 'auto', 'bf16', 'fp16' or 'fp32'.
         refresh: Embed changed tars again.
         on_plan: Called once, before the first shard.
@@ -112,43 +116,49 @@ def embed(
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"batch size {batch_size}: give at least 1")
     shards = list_shards([sources] if isinstance(sources, str) else sources)
-    chosen_device = choose_device(device)
-    chosen_precision = choose_precision(precision, chosen_device)
-    size = batch_size or (CUDA_BATCH_SIZE if chosen_device.type == "cuda" else CPU_BATCH_SIZE)
+    devices = choose_devices(device)
+    chosen_precision = choose_precision(precision, devices[0])
+    size = batch_size or (CUDA_BATCH_SIZE if devices[0].type == "cuda" else CPU_BATCH_SIZE)
     spec = ModelSpec(name=model, pretrained=pretrained, random_init=random_init, quick_gelu=quick_gelu)
-    encoder = ImageTower(load_model(spec), device=chosen_device, precision=chosen_precision)
+    loaded = load_model(spec)
+    encoders = [ImageTower(loaded, device=one, precision=chosen_precision) for one in devices]
     folder = Path(out)
-    dataset = open_dataset(folder, encoder.info, dtype, CREATED_BY)
+    dataset = open_dataset(folder, loaded.info, dtype, CREATED_BY)
     plan = _plan(shards, published_shards(folder), dataset, refresh)
     on_plan(plan)
 
     records: list[ShardRecord] = []
     failed: dict[str, str] = {}
-    stages: Counter[str] = Counter()
+    reject_stages: Counter[str] = Counter()
+    stages = stage_times([])
+
+    def note_progress(progress: Progress) -> None:
+        nonlocal stages
+        stages = progress.stages
+        on_progress(progress)
+
     started = time.perf_counter()
     for result in embed_shards(
         plan.todo,
-        encoder,
+        encoders,
         folder,
         dataset,
         batch_size=size,
         decode_threads=decode_threads,
-        precision=chosen_precision,
-        device=str(chosen_device),
-        on_progress=on_progress,
+        on_progress=note_progress,
     ):
         if result.record is None:
             failed[result.shard.url] = str(result.error)
         else:
             records.append(result.record)
-            stages += result.reject_stages
+            reject_stages += result.reject_stages
     seconds = time.perf_counter() - started
     samples = sum(record.samples for record in records)
     summary = EmbedSummary(
         out=str(folder),
-        model=encoder.info.spec.name,
-        fingerprint=encoder.info.fingerprint,
-        device=str(chosen_device),
+        model=loaded.info.spec.name,
+        fingerprint=loaded.info.fingerprint,
+        device=",".join(encoder.device for encoder in encoders),
         precision=chosen_precision,
         batch_size=size,
         shards=len(shards),
@@ -159,9 +169,10 @@ def embed(
         samples=samples,
         rows=sum(record.rows for record in records),
         rejects=sum(record.rejects for record in records),
-        rejects_by_stage=dict(sorted(stages.items())),
+        rejects_by_stage=dict(sorted(reject_stages.items())),
         seconds=round(seconds, 3),
         images_per_s=round(samples / seconds, 1) if samples else 0.0,
+        stages=stages,
     )
     with atomic_write(folder / "summary.json") as file:
         file.write(json.dumps(asdict(summary), indent=2).encode() + b"\n")

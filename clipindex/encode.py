@@ -1,6 +1,8 @@
 """One tower of a model on a device: uint8 pixels or texts in, unit vectors out."""
 
 import copy
+import logging
+import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,6 +16,8 @@ from torch import nn
 from clipindex.errors import ModelError, UsageError
 from clipindex.models import LoadedModel
 from clipindex.types import Float32Array, UInt8Array
+
+log = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -45,6 +49,17 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device {name!r} is not here: {torch.cuda.device_count()} CUDA devices found; give auto")
     return device
+
+
+def choose_devices(name: str) -> list[torch.device]:
+    """The devices that a name means: as in `choose_device`, several with commas between, and 'auto' every CUDA device.
+
+    Raises:
+        UsageError: one of them is not here.
+    """
+    if name == "auto" and torch.cuda.is_available():
+        return [torch.device("cuda", at) for at in range(torch.cuda.device_count())]
+    return [choose_device(one.strip()) for one in name.split(",")]
 
 
 def choose_precision(name: str, device: torch.device) -> str:
@@ -95,8 +110,12 @@ class ImageTower:
 
     def __init__(self, loaded: LoadedModel, *, device: torch.device, precision: str) -> None:
         self.info = loaded.info
+        self.device = str(device)
+        self.precision = precision
         self._device = device
         self._dtype = PRECISIONS[precision]
+        self._fitting = sys.maxsize
+        """Images at once that did not exhaust the device's memory."""
         self._tower = _placed(loaded.model.get_submodule("visual"), device, self._dtype)
         preprocess = loaded.info.preprocess
         mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (preprocess.mean, preprocess.std))
@@ -112,7 +131,7 @@ class ImageTower:
 
     @torch.inference_mode()
     def encode(self, images: UInt8Array) -> tuple[Float32Array, Float32Array]:
-        """Embed images.
+        """Embed images, halving how many go at once while the device's memory is too small.
 
         Args:
             images: uint8 RGB [N, H, W, 3] of the model's size; copied to the device without waiting where the
@@ -124,21 +143,34 @@ class ImageTower:
 
         Raises:
             ModelError: the tower gives something other than one vector an image.
-            UsageError: the device's memory is too small for so many.
+            UsageError: the device's memory is too small for one.
         """
         if not len(images):
             return np.empty((0, self.info.dim), np.float32), np.empty(0, np.float32)
+        while True:
+            try:
+                parts = [self._encode(images[at : at + self._fitting]) for at in range(0, len(images), self._fitting)]
+            except torch.OutOfMemoryError as error:
+                self._halve(len(images), error)
+                continue
+            embeddings, norms = zip(*parts, strict=True)
+            return np.concatenate(embeddings), np.concatenate(norms)
+
+    def _halve(self, wanted: int, error: torch.OutOfMemoryError) -> None:
+        tried = min(self._fitting, wanted)
+        if tried == 1:
+            raise UsageError(f"{self.device} has no memory for one image; free some, or take another device") from error
+        self._fitting = tried // 2
+        torch.cuda.empty_cache()
+        log.warning("%s has no memory for %d images at once: going on with %d", self.device, tried, self._fitting)
+
+    def _encode(self, images: UInt8Array) -> tuple[Float32Array, Float32Array]:
         # from_numpy warns of read-only memory; only such arrays are copied here.
         pixels = torch.from_numpy(np.require(images, np.uint8, ["C", "W"]))
         pixels = pixels.to(self._device, non_blocking=pixels.is_pinned())
         # NHWC read as NCHW is channels_last, the order in which convolutions are fastest: no transposition.
         nchw = pixels.permute(0, 3, 1, 2).to(torch.float32)
-        try:
-            features = self._tower(torch.addcmul(self._shift, nchw, self._scale).to(self._dtype))
-        except torch.OutOfMemoryError as error:
-            raise UsageError(
-                f"{self._device} has no memory for {len(images)} images at once; lower --batch-size"
-            ) from error
+        features = self._tower(torch.addcmul(self._shift, nchw, self._scale).to(self._dtype))
         return _unit(features, self.info.dim)
 
 

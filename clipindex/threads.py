@@ -5,7 +5,7 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -63,27 +63,38 @@ def _map_in_order(
 
 
 def prefetch(items: Iterable[Item], size: int) -> Generator[Item, None, None]:
-    """Yield `items` in order while a thread of their own produces up to `size` of them ahead.
+    """Yield `items` in order while a thread of their own produces up to `size` of them ahead; see `merge`."""
+    return merge([items], size)
 
-    The thread is the only one that touches `items`. It waits while the queue is full. An exception in it reaches the
-    consumer at the place where the next item would have been. Closing this generator (or leaving it by an exception)
-    stops the thread after the item in hand, closes `items` in it, and joins it.
+
+def merge(sources: Sequence[Iterable[Item]], size: int) -> Generator[Item, None, None]:
+    """Yield the items of several sources as they come, each source produced by a thread of its own, in its order.
+
+    Together the threads run up to `size` items ahead and then wait. Only a source's own thread touches it. An exception
+    in one reaches the consumer at the place where its next item would have been, and ends all. Closing this generator
+    (or leaving it by an exception) stops each thread after the item in hand, closes its source in it, and joins it.
     """
     ahead: queue.Queue[Item | _End] = queue.Queue(size)
     stop = threading.Event()
-    thread = threading.Thread(target=_produce, args=(items, ahead, stop), daemon=True, name="prefetch")
-    thread.start()
+    threads = [
+        threading.Thread(target=_produce, args=(items, ahead, stop), daemon=True, name="produce") for items in sources
+    ]
+    for thread in threads:
+        thread.start()
     try:
-        while True:
+        running = len(threads)
+        while running:
             item = ahead.get()
-            if isinstance(item, _End):
-                if item.error is not None:
-                    raise item.error
-                return
-            yield item
+            if not isinstance(item, _End):
+                yield item
+            elif item.error is not None:
+                raise item.error
+            else:
+                running -= 1
     finally:
         stop.set()
-        thread.join()
+        for thread in threads:
+            thread.join()
 
 
 def _produce(items: Iterable[Item], ahead: "queue.Queue[Item | _End]", stop: threading.Event) -> None:

@@ -112,9 +112,13 @@ class Reject:
 
 
 class ImageEncoder(Protocol):
-    """The image tower on a device, as the pipeline sees it."""
+    """The image tower on a device, as the pipeline sees it; one thread uses it."""
 
     info: ModelInfo
+    device: str
+    """As 'cpu' or 'cuda:1'."""
+    precision: str
+    """Of the weights: 'bf16', 'fp16' or 'fp32'."""
 
     def new_batch(self, size: int) -> UInt8Array:
         """Memory for images, uint8 [size, H, W, 3], from which the device copies fastest."""

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipindex.decode import decode_image
-from clipindex.encode import ImageTower, TextTower, choose_device, choose_precision
+from clipindex.encode import ImageTower, TextTower, choose_devices, choose_precision
 from clipindex.errors import ClassesError, SampleError, SourceError, UsageError
 from clipindex.fileio import atomic_write, remove_stale_temporaries
 from clipindex.index import Neighbours, flat_index, scan
@@ -107,7 +107,7 @@ def build_classifier(
     """
     check_classes(classes, "classes")
     check_templates(templates, "templates")
-    chosen = choose_device(device)
+    chosen = choose_devices(device)[0]
     tower = TextTower(loaded, device=chosen, precision=choose_precision(precision, chosen))
     return ZeroShotClassifier(classes, embed_classes(tower, classes, templates, on_classes), loaded.info)
 
@@ -209,7 +209,7 @@ def classify_images(
         SourceError: A file cannot be read.
         SampleError: A file is no image.
     """
-    chosen = choose_device(device)
+    chosen = choose_devices(device)[0]
     tower = ImageTower(loaded, device=chosen, precision=choose_precision(precision, chosen))
     predictions = []
     for path in paths:

@@ -11,6 +11,9 @@ from clipindex.types import ModelInfo, ModelSpec, Preprocess
 class PixelEncoder:
     """A stand-in tower whose embedding is the image itself, shrunk: fast, and it tells images apart."""
 
+    device = "cpu"
+    precision = "fp32"
+
     def __init__(self, size=32, seed=0):
         preprocess = Preprocess(
             size=(size, size), resize_mode="shortest", interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3

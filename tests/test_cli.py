@@ -159,6 +159,8 @@ def test_a_run_that_is_stopped_is_finished_by_the_next(tmp_path, number):
         write_tar(tmp_path / "corpus" / f"{at}.tar", dirty(400, f"s{at}_"))
     out = tmp_path / "out"
     command = [COMMAND, "embed", tmp_path / "corpus", "--out", out, *TINY, "--batch-size", "8"]
+    # What a shell starts in the background ignores SIGINT, and so would its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     wait_for(lambda: len(list((out / "embeddings").glob("[!.]*.parquet"))) >= 2)
     process.send_signal(number)

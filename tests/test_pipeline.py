@@ -19,9 +19,10 @@ from clipindex.types import Sample
 
 def run(corpus, out, encoder=None, **options):
     encoder = encoder or PixelEncoder()
-    dataset = open_dataset(out, encoder.info, "float32", "test")
-    options = {"batch_size": 7, "decode_threads": 2, "precision": "fp32", "device": "cpu", **options}
-    return list(embed_shards(list_shards([str(corpus)]), encoder, out, dataset, **options))
+    dataset = open_dataset(out, PixelEncoder().info, "float32", "test")
+    encoders = encoder if isinstance(encoder, list) else [encoder]
+    options = {"batch_size": 7, "decode_threads": 2, **options}
+    return list(embed_shards(list_shards([str(corpus)]), encoders, out, dataset, **options))
 
 
 def dirty(number, prefix):
@@ -144,9 +145,7 @@ def test_leaving_early_publishes_nothing_half_and_stops_the_threads(tmp_path):
     encoder = PixelEncoder()
     dataset = open_dataset(tmp_path / "out", encoder.info, "float16", "test")
     before = threading.active_count()
-    results = embed_shards(
-        list_shards([str(corpus)]), encoder, tmp_path / "out", dataset, batch_size=4, precision="fp32", device="cpu"
-    )
+    results = embed_shards(list_shards([str(corpus)]), [encoder], tmp_path / "out", dataset, batch_size=4)
     assert next(results).error is None
     results.close()
     assert threading.active_count() == before
@@ -166,9 +165,75 @@ def test_an_error_of_the_encoder_reaches_the_caller(tmp_path):
 def test_progress_counts_up_to_the_whole(tmp_path, corpus):
     seen: list[Progress] = []
     run(corpus, tmp_path / "out", on_progress=seen.append)
-    assert [p.rows + p.rejects for p in seen] == sorted(p.rows + p.rejects for p in seen)
-    assert (seen[-1].rows + seen[-1].rejects, seen[-1].shards) == (39, 4)
-    assert seen[-1].bytes == sum(shard.size for shard in list_shards([str(corpus)]))
+    counts = [progress.counts for progress in seen]
+    assert [c.rows + c.rejects for c in counts] == sorted(c.rows + c.rejects for c in counts)
+    assert (counts[-1].rows + counts[-1].rejects, counts[-1].shards) == (39, 4)
+    assert counts[-1].bytes == sum(shard.size for shard in list_shards([str(corpus)]))
+
+
+class SlowEncoder(PixelEncoder):
+    """Takes the time of a real tower, on a device of its own."""
+
+    def __init__(self, device, seconds):
+        super().__init__()
+        self.device = device
+        self.seconds = seconds
+
+    def encode(self, images):
+        time.sleep(self.seconds)
+        return super().encode(images)
+
+
+def test_several_devices_share_the_shards_and_the_faster_one_takes_more(tmp_path):
+    corpus = tmp_path / "corpus"
+    for at in range(12):
+        write_tar(corpus / f"{at}.tar", dirty(20, f"s{at}_"))
+    seen: list[Progress] = []
+    devices = [SlowEncoder("fast", 0.005), SlowEncoder("slow", 0.08)]
+    results = run(corpus, tmp_path / "out", devices, batch_size=10, decode_threads=2, on_progress=seen.append)
+    assert sum(result.record.samples for result in results) == 240
+    assert {result.shard.url for result in results} == {shard.url for shard in list_shards([str(corpus)])}
+    shards = Counter(record.device for record in published_shards(tmp_path / "out").values())
+    assert shards["fast"] > shards["slow"] > 0
+    assert seen[-1].counts.shards == 12
+    assert seen[-1].counts.rows + seen[-1].counts.rejects == 240
+
+    alone = run(corpus, tmp_path / "alone")
+    assert {r.record.name: r.record.rows for r in alone} == {r.record.name: r.record.rows for r in results}
+    for together, single in zip(read_embeddings(tmp_path / "out"), read_embeddings(tmp_path / "alone"), strict=True):
+        np.testing.assert_array_equal(together.embedding, single.embedding)
+
+
+def test_a_device_that_fails_ends_the_run_and_leaves_nothing_half(tmp_path):
+    class Broken(SlowEncoder):
+        def encode(self, images):
+            super().encode(images)
+            raise RuntimeError("device lost")
+
+    corpus = tmp_path / "corpus"
+    for at in range(6):
+        write_tar(corpus / f"{at}.tar", labelled([f"k{at}_{i}" for i in range(20)]))
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match="device lost"):
+        run(corpus, tmp_path / "out", [SlowEncoder("good", 0.01), Broken("bad", 0.05)])
+    assert threading.active_count() == before
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    assert all(record.samples == 20 for record in published_shards(tmp_path / "out").values())
+
+
+def test_the_stage_that_binds_is_named(tmp_path):
+    corpus = write_tar(tmp_path / "a.tar", labelled([f"k{at}" for at in range(60)]))
+    seen: list[Progress] = []
+    run(corpus, tmp_path / "slow", SlowEncoder("cpu", 0.05), on_progress=seen.append)
+    stages = seen[-1].stages
+    assert stages.bound_by == "encode"
+    assert stages.busy["encode"] > 0.5
+    assert 0 < stages.busy["decode"] < stages.busy["encode"]
+    big = [(name, encoded(picture(1500, 1500)) if name.endswith("jpg") else data) for name, data in
+           labelled([f"k{at}" for at in range(40)])]  # fmt: skip
+    run(write_tar(tmp_path / "b.tar", big), tmp_path / "fast", decode_threads=1, on_progress=seen.append)
+    assert seen[-1].stages.bound_by == "decode"
+    assert seen[-1].stages.device_waited_s > 0
 
 
 def test_many_formats_in_one_shard(tmp_path):

@@ -1,0 +1,67 @@
+"""A batch: an ordered list of events beside one buffer of pixels.
+
+The order of a tar is the order of the events (a shard begins, a sample, a reject, a shard ends), so it is never lost
+and never has to be restored. Batches span shards.
+"""
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from clipindex.types import Float32Array, Reject, Sample, Shard, UInt8Array
+
+EVENTS_PER_SLOT = 4
+"""A batch is sent on when it has this many events a slot, so that a tar full of rejects cannot fill memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A sample on its way to a row: its pixels are at `index` of the batch's buffer."""
+
+    sample: Sample
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEnd:
+    """A shard's stream is over: `samples` came, and where it broke, `error`."""
+
+    shard: Shard
+    samples: int
+    error: str | None
+
+
+Event = Shard | Slot | Reject | ShardEnd
+Outcome = tuple[int, int] | Reject
+"""Of decoding: the source's (width, height), or why there are no pixels."""
+
+
+@dataclass(slots=True)
+class Batch:
+    """What the reader lays out and the decode threads fill."""
+
+    images: UInt8Array
+    """[B, H, W, 3]; slots from `used` on are left over from an earlier batch."""
+    events: list[Event] = field(default_factory=list)
+    decoding: list["Future[tuple[list[Outcome], float]]"] = field(default_factory=list)
+    """In slot order; each gives the outcomes of its slots, and the seconds that they took to compute."""
+    used: int = 0
+
+    def is_full(self) -> bool:
+        """Whether it is to be sent on."""
+        return self.used == len(self.images) or len(self.events) >= EVENTS_PER_SLOT * len(self.images)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedBatch:
+    """A batch on its way home."""
+
+    events: list[Event]
+    outcomes: list[Outcome]
+    """For each slot, as the next two; a slot without pixels has an embedding of whatever lay there."""
+    embeddings: Float32Array
+    norms: Float32Array
+
+
+def sample_reject(sample: Sample, stage: str, reason: str) -> Reject:
+    """A reject for a sample that had an image."""
+    return Reject(key=sample.key, member=sample.member, stage=stage, reason=reason, tar_offset=sample.tar_offset)

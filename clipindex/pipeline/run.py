@@ -1,0 +1,120 @@
+"""Embedding shards: one pipeline a device, each of threads.
+
+    reader thread     tars ─▶ samples ─▶ slots of a fixed-size batch     (one thread; tar order)
+    decode threads    encoded bytes ─▶ uint8 pixels, straight into slots (N threads; libjpeg and PyTorch drop the GIL)
+    encode thread     batch ─▶ embeddings                                (one thread)
+    caller's thread   rows go home to their shards, in order ─▶ Parquet  (a thread too where there are several devices)
+
+What is in memory: the pixel buffers, which are reused, and the encoded bytes of the samples in them. Several devices
+share the work by the shard: each takes the next one when it is free.
+"""
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from clipindex.pipeline.batch import Batch, EncodedBatch
+from clipindex.pipeline.feed import decoded, lay_batches
+from clipindex.pipeline.home import Counts, Home, ShardResult
+from clipindex.stages import StageClock, StageTimes, stage_times
+from clipindex.store import Dataset
+from clipindex.threads import merge, num_cores, prefetch
+from clipindex.types import ImageEncoder, Shard
+
+BATCHES_AHEAD = 2
+"""Assembled batches that wait for the device: one to start on at once, one in case the next decodes slowly."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a run is, over all of its devices."""
+
+    counts: Counts
+    stages: StageTimes
+    """How busy each stage was so far."""
+
+
+def embed_shards(
+    shards: Iterable[Shard],
+    encoders: Sequence[ImageEncoder],
+    folder: Path,
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    decode_threads: int | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Generator[ShardResult, None, None]:
+    """Embed shards, publishing each when its last sample has come home.
+
+    Args:
+        shards: What to embed, begun in this order.
+        encoders: The image tower, once for each device.
+        folder: The embedding directory.
+        dataset: Its dataset.json.
+        batch_size: Images a call of an encoder.
+        decode_threads: Of all devices together; one for each core by default.
+        on_progress: Called after each batch, by one thread at a time.
+
+    Yields:
+        One result a shard, as they are done. A shard whose stream breaks is not published, and the next one is taken
+        up. Closing the generator drops the shards in hand and publishes nothing half.
+
+    Raises:
+        StoreError: A shard cannot be written; what was published stays.
+    """
+    threads = max(1, (decode_threads or num_cores()) // len(encoders))
+    waiting = deque(shards)
+    clocks = [StageClock(threads) for _ in encoders]
+    counts = [Counts()] * len(encoders)
+    lock = threading.Lock()
+
+    def pipeline(at: int, encoder: ImageEncoder) -> Generator[ShardResult, None, None]:
+        home = Home(folder, dataset, encoder.precision, encoder.device)
+        with contextlib.closing(_embed_on(encoder, _taken(waiting), home, batch_size, clocks[at])) as batches:
+            for finished in batches:
+                yield from finished
+                with lock:
+                    counts[at] = home.counts()
+                    total = Counts(*map(sum, zip(*counts, strict=True)))
+                    on_progress(Progress(counts=total, stages=stage_times(clocks)))
+
+    pipelines = [pipeline(at, encoder) for at, encoder in enumerate(encoders)]
+    yield from pipelines[0] if len(pipelines) == 1 else merge(pipelines, 1)
+
+
+def _taken(waiting: deque[Shard]) -> Iterator[Shard]:
+    """Whatever is next when a pipeline asks; taking from a deque is atomic."""
+    with contextlib.suppress(IndexError):
+        while True:
+            yield waiting.popleft()
+
+
+def _embed_on(
+    encoder: ImageEncoder, shards: Iterable[Shard], home: Home, batch_size: int, clock: StageClock
+) -> Generator[list[ShardResult], None, None]:
+    with ThreadPoolExecutor(clock.decode_threads, thread_name_prefix="decode") as pool:
+        # In flight at once: those ahead, one being laid, one waiting for the queue, one in the encoder.
+        buffers = [encoder.new_batch(batch_size) for _ in range(BATCHES_AHEAD + 3)]
+        laid = clock.timed("read", lay_batches(shards, encoder.info.preprocess, buffers, pool))
+        encoded = prefetch(_encode(prefetch(laid, BATCHES_AHEAD), encoder, clock), 1)
+        try:
+            yield from home.receive(encoded, clock)
+        finally:
+            encoded.close()
+            pool.shutdown(cancel_futures=True)
+
+
+def _encode(batches: Generator[Batch, None, None], encoder: ImageEncoder, clock: StageClock) -> Iterator[EncodedBatch]:
+    with contextlib.closing(clock.timed("wait", decoded(batches, clock))) as ready:
+        for batch, outcomes in ready:
+            embeddings, norms = np.empty((0, encoder.info.dim), np.float32), np.empty(0, np.float32)
+            if batch.used:
+                with clock.timing("encode"):
+                    embeddings, norms = encoder.encode(batch.images[: batch.used])
+            yield EncodedBatch(batch.events, outcomes, embeddings, norms)
