@@ -158,7 +158,7 @@ _device_options = [
 _embed_options = [
     click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True,
                  help="Of the embedding column."),
-    click.option("--batch-size", type=click.IntRange(1), help="Images at once.  [default: 64 on CPU, 256 on CUDA]"),
+    click.option("--batch-size", type=click.IntRange(1), help="Images at once.  [default: found by measuring]"),
     click.option("--decode-threads", type=click.IntRange(1), help="Decoding threads.  [default: one a core]"),
     click.option("--refresh", is_flag=True, help="Embed again the tars that changed since."),
     click.option("--max-reject-rate", type=click.FloatRange(0, 1), default=MAX_REJECT_RATE, show_default=True,

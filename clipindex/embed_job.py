@@ -1,12 +1,14 @@
 """The embedding job: which shards to run, running them, and what to say afterwards."""
 
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from clipindex.batch_size import fastest_batch_size
 from clipindex.encode import ImageTower, choose_devices, choose_precision
 from clipindex.errors import FingerprintError, UsageError
 from clipindex.fileio import atomic_write
@@ -15,11 +17,10 @@ from clipindex.pipeline import Progress, embed_shards
 from clipindex.shards import list_shards
 from clipindex.stages import StageTimes, stage_times
 from clipindex.store import DTYPES, Dataset, ShardRecord, open_dataset, published_shards
-from clipindex.types import ModelSpec, Shard
+from clipindex.types import ImageEncoder, ModelSpec, Shard
 from clipindex.version import CREATED_BY
 
-CPU_BATCH_SIZE = 64
-CUDA_BATCH_SIZE = 256
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +45,7 @@ class EmbedSummary:
     """Several with commas between."""
     precision: str
     batch_size: int
+    """Images at once; 0 where there was nothing to do and none was given."""
     shards: int
     """Named by the sources."""
     shards_done_before: int
@@ -99,7 +101,7 @@ def embed(
         random_init: Seed of random weights in place of trained ones.
         quick_gelu: Activation of a weights file that does not say.
         dtype: Of the embedding column: 'float16', or 'float32' for readers that know no half floats.
-        batch_size: Images at once; 64 on a CPU and 256 on CUDA by default.
+        batch_size: Images at once; found by measuring, by default.
         decode_threads: One for each core by default.
         device: 'cpu', 'cuda', 'cuda:N', several with commas between, or 'auto': all CUDA devices, else the CPU.
         precision: 'auto', 'bf16', 'fp16' or 'fp32'.
@@ -118,7 +120,6 @@ def embed(
     shards = list_shards([sources] if isinstance(sources, str) else sources)
     devices = choose_devices(device)
     chosen_precision = choose_precision(precision, devices[0])
-    size = batch_size or (CUDA_BATCH_SIZE if devices[0].type == "cuda" else CPU_BATCH_SIZE)
     spec = ModelSpec(name=model, pretrained=pretrained, random_init=random_init, quick_gelu=quick_gelu)
     loaded = load_model(spec)
     encoders = [ImageTower(loaded, device=one, precision=chosen_precision) for one in devices]
@@ -126,6 +127,7 @@ def embed(
     dataset = open_dataset(folder, loaded.info, dtype, CREATED_BY)
     plan = _plan(shards, published_shards(folder), dataset, refresh)
     on_plan(plan)
+    size = batch_size or (_measured_batch_size(encoders[0]) if plan.todo else 0)
 
     records: list[ShardRecord] = []
     failed: dict[str, str] = {}
@@ -177,6 +179,12 @@ def embed(
     with atomic_write(folder / "summary.json") as file:
         file.write(json.dumps(asdict(summary), indent=2).encode() + b"\n")
     return summary
+
+
+def _measured_batch_size(encoder: ImageEncoder) -> int:
+    size, rate = fastest_batch_size(encoder)
+    log.info("batch size %d, at which %s encodes %.0f images/s", size, encoder.device, rate)
+    return size
 
 
 def _plan(shards: Sequence[Shard], published: dict[str, ShardRecord], dataset: Dataset, refresh: bool) -> Plan:

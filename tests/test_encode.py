@@ -189,6 +189,37 @@ def test_towers_leave_the_model_alone_and_let_the_rest_go(tmp_path, precision):
     np.testing.assert_array_equal(image.encode(images)[0], first[0])
 
 
+def test_memory_that_is_too_small_halves_the_batch_and_loses_no_row(tmp_path, caplog):
+    """The limit stands in for a device's memory, whose end CUDA reports by this very exception."""
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODELS["vit"]}))
+    loaded = load_model(ModelSpec(name=str(folder), random_init=0))
+    images = pictures(loaded, 11)
+    whole, norms = ImageTower(loaded, device=CPU, precision="fp32").encode(images)
+
+    def refuse_more_than(limit):
+        def hook(module, arguments):
+            if len(arguments[0]) > limit:
+                raise torch.OutOfMemoryError(f"{len(arguments[0])} images")
+
+        return loaded.model.visual.register_forward_pre_hook(hook)
+
+    handle = refuse_more_than(3)
+    tower = ImageTower(loaded, device=CPU, precision="fp32")
+    embeddings, lengths = tower.encode(images)
+    np.testing.assert_allclose(embeddings, whole, atol=1e-6)
+    np.testing.assert_allclose(lengths, norms, rtol=1e-5)
+    assert [record.args[1:] for record in caplog.records] == [(11, 5), (5, 2)]
+    tower.encode(images)
+    assert len(caplog.records) == 2  # it remembers what fits
+    handle.remove()
+
+    refuse_more_than(0)
+    with pytest.raises(UsageError, match="no memory for one image"):
+        ImageTower(loaded, device=CPU, precision="fp32").encode(images)
+
+
 def test_text_towers_hold_no_images(loaded_models):
     for name in ("vit", "coca"):
         held = dict(TextTower(loaded_models(name), device=CPU, precision="fp32")._model.named_parameters())
