@@ -102,7 +102,7 @@ def _write(root: Path, rng: np.random.Generator, vectors: Float32Array, num_rows
             batch = slice(start, min(start + BATCH, number))
             sizes = [(1, 1)] * (batch.stop - start)
             writer.append(samples[batch], rows[batch], np.ones(len(sizes), np.float32), sizes)
-        writer.publish(samples=number, precision="fp32", device="cpu", seconds=0.0)
+        writer.publish(samples=number, precision="fp32", decoder="exact", device="cpu", seconds=0.0)
 
 
 if __name__ == "__main__":

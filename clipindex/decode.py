@@ -6,7 +6,7 @@ then PyTorch's antialiased uint8 resize: within 2/255 of the reference); everyth
 """
 
 import io
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -21,16 +21,22 @@ from clipindex.types import Preprocess, UInt8Array
 MAX_PIXELS = 178_956_970
 """Twice Pillow's warning level, where Pillow itself refuses: an image of half a gigabyte once decoded."""
 
+SCALED_OVER_TARGET = 2
+"""What scaled decoding leaves for the resize to shrink: nearer to the target it costs detail."""
+
+_JUST_OVER_ONE = 1 + 1e-9  # the size of a resize by factor is rounded down
 _FAST_COLORSPACES = ("YCbCr", "Gray", "GRAY")
 
 
-def decode_image(data: bytes, preprocess: Preprocess, out: UInt8Array) -> tuple[int, int]:
+def decode_image(data: bytes, preprocess: Preprocess, out: UInt8Array, *, fast: bool = False) -> tuple[int, int]:
     """Decode one image into place.
 
     Args:
         data: The encoded image; its content says what it is, not a name.
         preprocess: Target size and how to get there; mean and std are left to the device.
         out: Written: uint8 RGB [H, W, 3], of the target size.
+        fast: Let libjpeg-turbo decode large JPEGs at a half, a quarter or an eighth of their size, as long as they
+            stay at least twice the target: mean deviation below 1/255 (benchmarks/decode.py).
 
     Returns:
         Width and height of the source image in pixels.
@@ -39,7 +45,7 @@ def decode_image(data: bytes, preprocess: Preprocess, out: UInt8Array) -> tuple[
         SampleError: The bytes are no whole image, or one of more than `MAX_PIXELS`.
     """
     if data[:3] == b"\xff\xd8\xff" and preprocess.resize_mode != "longest" and _is_square(preprocess):
-        size = _decode_jpeg(data, preprocess, out)
+        size = _decode_jpeg(data, preprocess, out, fast)
         if size is not None:
             return size
     return _decode_reference(data, preprocess, out)
@@ -50,35 +56,58 @@ def _is_square(preprocess: Preprocess) -> bool:
     return preprocess.resize_mode == "squash" or preprocess.size[0] == preprocess.size[1]
 
 
-def _decode_jpeg(data: bytes, preprocess: Preprocess, out: UInt8Array) -> tuple[int, int] | None:
+def _decode_jpeg(data: bytes, preprocess: Preprocess, out: UInt8Array, fast: bool) -> tuple[int, int] | None:
     """Decode a JPEG with libjpeg-turbo; None where it is not sound, for the reference to decide upon."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         if colorspace not in _FAST_COLORSPACES:
             return None
         _check_pixels(width, height, preprocess)
-        pixels = simplejpeg.decode_jpeg(data, colorspace="RGB")
+        factor = _scale_factor(height, width, preprocess) if fast else 1
+        pixels = simplejpeg.decode_jpeg(
+            data, colorspace="RGB", min_height=-(-height // factor), min_width=-(-width // factor)
+        )
     except ValueError as error:
         if isinstance(error, SampleError):
             raise
         return None
-    _resize(pixels, preprocess, out)
+    _resize(pixels, (height / factor, width / factor), (height, width), preprocess, out)
     return width, height
 
 
-def _resize(pixels: UInt8Array, preprocess: Preprocess, out: UInt8Array) -> None:
-    """Resize and centre-crop as torchvision's Resize and CenterCrop do on a PIL image."""
+def _scale_factor(height: int, width: int, preprocess: Preprocess) -> int:
+    """What to divide the size by; libjpeg-turbo has vector code for these factors, and none for those between."""
+    targets = preprocess.size if preprocess.resize_mode == "squash" else (max(preprocess.size),) * 2
+    room = min(height / targets[0], width / targets[1])
+    return next((factor for factor in (8, 4, 2) if room >= SCALED_OVER_TARGET * factor), 1)
+
+
+def _resize(
+    pixels: UInt8Array, extent: tuple[float, float], source: tuple[int, int], preprocess: Preprocess, out: UInt8Array
+) -> None:
+    """Resize and centre-crop as torchvision's Resize and CenterCrop do on a PIL image.
+
+    Args:
+        pixels: [h, w, 3], the source image or a smaller version of it.
+        extent: Rows and columns of `pixels` that the source image covers; the last may be covered in part.
+        source: Its height and width.
+        preprocess: As in `decode_image`, and so `out`.
+        out: Written.
+    """
     height, width = preprocess.size
     if preprocess.resize_mode == "shortest":
-        scaled_height, scaled_width = _shortest_side(pixels.shape[0], pixels.shape[1], height)
+        scaled_height, scaled_width = _shortest_side(*source, height)
     else:
         scaled_height, scaled_width = height, width
     # A view: NHWC memory seen as NCHW is channels_last, which the kernel resizes without a copy.
     image = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)
     if image.shape[2:] != (scaled_height, scaled_width):
-        image = torch.nn.functional.interpolate(
-            image, (scaled_height, scaled_width), mode=preprocess.interpolation, antialias=True
-        )
+        resize = partial(torch.nn.functional.interpolate, image, mode=preprocess.interpolation, antialias=True)
+        if image.shape[2:] == extent:
+            image = resize(size=(scaled_height, scaled_width))
+        else:  # by size, it would stretch a last row or column that is covered in part
+            factors = (scaled_height / extent[0] * _JUST_OVER_ONE, scaled_width / extent[1] * _JUST_OVER_ONE)
+            image = resize(scale_factor=factors)
     top, left = round((scaled_height - height) / 2), round((scaled_width - width) / 2)
     out[:] = image[0, :, top : top + height, left : left + width].permute(1, 2, 0).numpy()
 

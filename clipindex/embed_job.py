@@ -20,6 +20,8 @@ from clipindex.store import DTYPES, Dataset, ShardRecord, open_dataset, publishe
 from clipindex.types import ImageEncoder, ModelSpec, Shard
 from clipindex.version import CREATED_BY
 
+PREPROCESS = ("exact", "fast")
+
 log = logging.getLogger(__name__)
 
 
@@ -82,6 +84,7 @@ def embed(
     dtype: str = "float16",
     batch_size: int | None = None,
     decode_threads: int | None = None,
+    preprocess: str = "exact",
     device: str = "auto",
     precision: str = "auto",
     refresh: bool = False,
@@ -103,6 +106,7 @@ def embed(
         dtype: Of the embedding column: 'float16', or 'float32' for readers that know no half floats.
         batch_size: Images at once; found by measuring, by default.
         decode_threads: One for each core by default.
+        preprocess: 'exact', or 'fast': large JPEGs are decoded at a fraction of their size; see `decode.decode_image`.
         device: 'cpu', 'cuda', 'cuda:N', several with commas between, or 'auto': all CUDA devices, else the CPU.
         precision: 'auto', 'bf16', 'fp16' or 'fp32'.
         refresh: Embed changed tars again.
@@ -115,6 +119,8 @@ def embed(
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    if preprocess not in PREPROCESS:
+        raise UsageError(f"preprocess {preprocess!r}: choose one of {', '.join(PREPROCESS)}")
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"batch size {batch_size}: give at least 1")
     shards = list_shards([sources] if isinstance(sources, str) else sources)
@@ -147,6 +153,7 @@ def embed(
         dataset,
         batch_size=size,
         decode_threads=decode_threads,
+        fast_decode=preprocess == "fast",
         on_progress=note_progress,
     ):
         if result.record is None:

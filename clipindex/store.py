@@ -58,6 +58,9 @@ class ShardRecord:
     rejects: int
     fingerprint: str
     precision: str
+    """Of the weights, when these rows were made."""
+    decoder: str
+    """'exact' or 'fast'."""
     device: str
     seconds: float
     """From the shard's first sample to its publication."""
@@ -249,7 +252,7 @@ class ShardWriter:
         """Add a sample that is no row."""
         self._rejects.append(reject)
 
-    def publish(self, *, samples: int, precision: str, device: str, seconds: float) -> ShardRecord:
+    def publish(self, *, samples: int, precision: str, decoder: str, device: str, seconds: float) -> ShardRecord:
         """Check the law, then make the shard appear: rejects first, since the embeddings file says that all is done.
 
         Raises:
@@ -269,6 +272,7 @@ class ShardWriter:
             rejects=self._rejects.count,
             fingerprint=self._dataset.model.fingerprint,
             precision=precision,
+            decoder=decoder,
             device=device,
             seconds=round(seconds, 3),
         )

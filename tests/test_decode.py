@@ -2,6 +2,7 @@ import io
 
 import numpy as np
 import pytest
+import simplejpeg
 from corpus import encoded, picture
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
@@ -53,6 +54,27 @@ def test_photographs_are_within_a_hundredth_of_a_level_on_average(mode, width):
         difference = np.abs(decoded(data, plan)[0] - reference(data, plan))
         assert difference.max() <= 2.001
         assert difference.mean() <= 0.01
+
+
+@pytest.mark.parametrize(("mode", "shape", "shrunk"), [
+    ("shortest", (1600, 1200), 2), ("shortest", (2000, 900), 2), ("shortest", (895, 2000), 1), ("squash", (99, 9), 1),
+    ("squash", (1600, 1200), 2), ("squash", (4000, 880), 1), ("shortest", (3600, 3601), 8), ("shortest", (901, 897), 2),
+])  # fmt: skip
+def test_fast_decoding_shrinks_large_jpegs_and_moves_pixels_by_little(mode, shape, shrunk, monkeypatch):
+    photograph = Image.fromarray(load_sample_images().images[0]).resize(shape, Image.Resampling.BICUBIC)
+    data = encoded(photograph, quality=90)
+    plan = preprocess((224, 224), mode)
+    sizes = []
+    whole = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *a, **k: sizes.append((p := whole(*a, **k)).shape) or p)
+    out = np.zeros((224, 224, 3), np.uint8)
+    assert decode_image(data, plan, out, fast=True) == shape
+    assert sizes == [(-(-shape[1] // shrunk), -(-shape[0] // shrunk), 3)]
+    difference = np.abs(out - reference(data, plan))
+    assert difference.mean() < 0.7
+    assert difference.max() < 20
+    if shrunk == 1:
+        np.testing.assert_array_equal(out, decoded(data, plan)[0])
 
 
 OTHERS = [

@@ -45,7 +45,7 @@ def write(folder, number, *, dtype="float16", shard=SHARD, rejects=(), encoder=N
         writer.append(samples, part, np.full(len(part), 9.5, np.float32), [(640, 480)] * len(part))
     for reject in rejects:
         writer.reject(reject)
-    writer.publish(samples=number + len(rejects), precision="fp32", device="cpu", seconds=1.0)
+    writer.publish(samples=number + len(rejects), precision="fp32", decoder="exact", device="cpu", seconds=1.0)
     return vectors
 
 
@@ -86,7 +86,7 @@ def test_the_law_is_checked_before_a_shard_appears(tmp_path):
     writer = ShardWriter(tmp_path, SHARD, dataset)
     writer.append([sample(0)], rows(1), np.ones(1, np.float32), [(1, 1)])
     with pytest.raises(StoreError, match="1 rows \\+ 0 rejects are not 2 samples"):
-        writer.publish(samples=2, precision="fp32", device="cpu", seconds=0.0)
+        writer.publish(samples=2, precision="fp32", decoder="exact", device="cpu", seconds=0.0)
     writer.abort()
     assert published_shards(tmp_path) == {}
     assert list((tmp_path / "embeddings").iterdir()) == []

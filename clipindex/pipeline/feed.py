@@ -3,23 +3,25 @@
 import contextlib
 import itertools
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from clipindex.decode import decode_image
 from clipindex.errors import SampleError, ShardError, SourceError
 from clipindex.fileio import stat_source
 from clipindex.pipeline.batch import Batch, Outcome, ShardEnd, Slot, sample_reject
 from clipindex.shards import read_samples
 from clipindex.stages import StageClock
-from clipindex.types import Preprocess, Reject, Sample, Shard, UInt8Array
+from clipindex.types import Reject, Sample, Shard, UInt8Array
+
+Decode = Callable[[bytes, UInt8Array], tuple[int, int]]
+"""Writes an encoded image's pixels [H, W, 3] and returns its own width and height; raises SampleError."""
 
 DECODE_CHUNK = 8
 """Images a decode task: about 10 ms of work, against 50 microseconds that a task costs under the GIL."""
 
 
 def lay_batches(
-    shards: Iterable[Shard], preprocess: Preprocess, buffers: Sequence[UInt8Array], pool: ThreadPoolExecutor
+    shards: Iterable[Shard], decode: Decode, buffers: Sequence[UInt8Array], pool: ThreadPoolExecutor
 ) -> Iterator[Batch]:
     """Lay samples into batches, which take the buffers by turns, and start their decoding.
 
@@ -32,7 +34,7 @@ def lay_batches(
     def decode_chunk() -> None:
         if chunk:
             first = batch.used - len(chunk)
-            batch.decoding.append(pool.submit(_decode, tuple(chunk), preprocess, batch.images[first : batch.used]))
+            batch.decoding.append(pool.submit(_decode, tuple(chunk), decode, batch.images[first : batch.used]))
             chunk.clear()
 
     for event in _events(shards):
@@ -79,12 +81,12 @@ def _events(shards: Iterable[Shard]) -> Iterator[Shard | Sample | Reject | Shard
         yield ShardEnd(shard, samples, error)
 
 
-def _decode(samples: Sequence[Sample], preprocess: Preprocess, out: UInt8Array) -> tuple[list[Outcome], float]:
+def _decode(samples: Sequence[Sample], decode: Decode, out: UInt8Array) -> tuple[list[Outcome], float]:
     started = time.thread_time()
     outcomes: list[Outcome] = []
     for sample, pixels in zip(samples, out, strict=True):
         try:
-            outcomes.append(decode_image(sample.image, preprocess, pixels))
+            outcomes.append(decode(sample.image, pixels))
         except (SampleError, MemoryError) as error:
             outcomes.append(sample_reject(sample, "decode", str(error) or "no memory to decode it"))
     return outcomes, time.thread_time() - started

@@ -13,7 +13,7 @@ from clipindex.errors import StoreError
 from clipindex.pipeline.batch import EncodedBatch, ShardEnd, Slot, sample_reject
 from clipindex.stages import StageClock
 from clipindex.store import Dataset, ShardRecord, ShardWriter
-from clipindex.types import Reject, Shard
+from clipindex.types import ImageEncoder, Reject, Shard
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,11 +41,11 @@ class Counts(NamedTuple):
 class Home:
     """Brings events back to their shards: one open shard at a time, since they come in tar order."""
 
-    def __init__(self, folder: Path, dataset: Dataset, precision: str, device: str) -> None:
+    def __init__(self, folder: Path, dataset: Dataset, encoder: ImageEncoder, decoder: str) -> None:
         self._folder = folder
         self._dataset = dataset
-        self._precision = precision
-        self._device = device
+        self._encoder = encoder
+        self._decoder = decoder
         self._writer: ShardWriter | None = None
         self._started = 0.0
         self._stages: Counter[str] = Counter()
@@ -129,8 +129,9 @@ class Home:
         try:
             record = writer.publish(
                 samples=end.samples,
-                precision=self._precision,
-                device=self._device,
+                precision=self._encoder.precision,
+                decoder=self._decoder,
+                device=self._encoder.device,
                 seconds=time.perf_counter() - self._started,
             )
         except BaseException:

@@ -19,13 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
+from clipindex.decode import decode_image
 from clipindex.pipeline.batch import Batch, EncodedBatch
-from clipindex.pipeline.feed import decoded, lay_batches
+from clipindex.pipeline.feed import Decode, decoded, lay_batches
 from clipindex.pipeline.home import Counts, Home, ShardResult
 from clipindex.stages import StageClock, StageTimes, stage_times
 from clipindex.store import Dataset
 from clipindex.threads import merge, num_cores, prefetch
-from clipindex.types import ImageEncoder, Shard
+from clipindex.types import ImageEncoder, Shard, UInt8Array
 
 BATCHES_AHEAD = 2
 """Assembled batches that wait for the device: one to start on at once, one in case the next decodes slowly."""
@@ -48,6 +49,7 @@ def embed_shards(
     *,
     batch_size: int,
     decode_threads: int | None = None,
+    fast_decode: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Generator[ShardResult, None, None]:
     """Embed shards, publishing each when its last sample has come home.
@@ -59,6 +61,7 @@ def embed_shards(
         dataset: Its dataset.json.
         batch_size: Images a call of an encoder.
         decode_threads: Of all devices together; one for each core by default.
+        fast_decode: As in `decode.decode_image`.
         on_progress: Called after each batch, by one thread at a time.
 
     Yields:
@@ -75,8 +78,12 @@ def embed_shards(
     lock = threading.Lock()
 
     def pipeline(at: int, encoder: ImageEncoder) -> Generator[ShardResult, None, None]:
-        home = Home(folder, dataset, encoder.precision, encoder.device)
-        with contextlib.closing(_embed_on(encoder, _taken(waiting), home, batch_size, clocks[at])) as batches:
+        home = Home(folder, dataset, encoder, "fast" if fast_decode else "exact")
+
+        def decode(data: bytes, out: UInt8Array) -> tuple[int, int]:
+            return decode_image(data, encoder.info.preprocess, out, fast=fast_decode)
+
+        with contextlib.closing(_embed_on(encoder, _taken(waiting), decode, home, batch_size, clocks[at])) as batches:
             for finished in batches:
                 yield from finished
                 with lock:
@@ -96,12 +103,12 @@ def _taken(waiting: deque[Shard]) -> Iterator[Shard]:
 
 
 def _embed_on(
-    encoder: ImageEncoder, shards: Iterable[Shard], home: Home, batch_size: int, clock: StageClock
+    encoder: ImageEncoder, shards: Iterable[Shard], decode: Decode, home: Home, batch_size: int, clock: StageClock
 ) -> Generator[list[ShardResult], None, None]:
     with ThreadPoolExecutor(clock.decode_threads, thread_name_prefix="decode") as pool:
         # In flight at once: those ahead, one being laid, one waiting for the queue, one in the encoder.
         buffers = [encoder.new_batch(batch_size) for _ in range(BATCHES_AHEAD + 3)]
-        laid = clock.timed("read", lay_batches(shards, encoder.info.preprocess, buffers, pool))
+        laid = clock.timed("read", lay_batches(shards, decode, buffers, pool))
         encoded = prefetch(_encode(prefetch(laid, BATCHES_AHEAD), encoder, clock), 1)
         try:
             yield from home.receive(encoded, clock)
