@@ -3,15 +3,13 @@
 import argparse
 import datetime
 import json
-import os
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from clipindex.bench.machine import describe_machine
+
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "open_clip_torch", "numpy", "pyarrow", "faiss-cpu", "pillow", "simplejpeg")
 
 Row = dict[str, str | float | int]
 
@@ -26,26 +24,16 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 def finish(theme: str, rows: Sequence[Row], save: str | None) -> None:
     """Print the rows as a table and as JSON; keep the JSON under results/ where `save` names the hardware."""
     _print_table(rows)
-    document: dict[str, Any] = {"theme": theme, "date": datetime.date.today().isoformat(), **_machine(), "rows": rows}
+    document: dict[str, Any] = {
+        "theme": theme,
+        "date": datetime.date.today().isoformat(),
+        **describe_machine(),
+        "rows": rows,
+    }
     if save:
         path = RESULTS / f"{theme}_{save}_{document['date']}.json"
         path.write_text(json.dumps(document, indent=2) + "\n")
     print(json.dumps(document))
-
-
-def _machine() -> dict[str, Any]:
-    cpu = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return {
-        "cpu": cpu[0] if cpu else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
-    }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def _print_table(rows: Sequence[Row]) -> None:

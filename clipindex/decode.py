@@ -48,7 +48,7 @@ def decode_image(data: bytes, preprocess: Preprocess, out: UInt8Array, *, fast: 
         size = _decode_jpeg(data, preprocess, out, fast)
         if size is not None:
             return size
-    return _decode_reference(data, preprocess, out)
+    return decode_reference(data, preprocess, out)
 
 
 def _is_square(preprocess: Preprocess) -> bool:
@@ -119,7 +119,8 @@ def _shortest_side(height: int, width: int, size: int) -> tuple[int, int]:
     return size, int(size * width / height)
 
 
-def _decode_reference(data: bytes, preprocess: Preprocess, out: UInt8Array) -> tuple[int, int]:
+def decode_reference(data: bytes, preprocess: Preprocess, out: UInt8Array) -> tuple[int, int]:
+    """As `decode_image`, always by open_clip's own transform."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size

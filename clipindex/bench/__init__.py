@@ -1,0 +1,1 @@
+"""What a machine can do, stage by stage, beside what bounds each."""

@@ -1,0 +1,112 @@
+"""What bounds a stage, measured then and there: matrix products, memory copies, bare libraries."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import simplejpeg
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from clipindex.encode import PRECISIONS
+from clipindex.models import LoadedModel
+
+REPEATS = 3
+_PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}  # large enough that the product, and not its call, is measured
+_COPY_BYTES = 256 << 20
+_READ_BYTES = 1 << 20
+
+
+def best_rate(run: Callable[[], int], synchronize: Callable[[], None] = lambda: None) -> float:
+    """Items/s of the best of some runs after one that warms up; `run` says how many items it did."""
+    run()
+    rates = []
+    for _ in range(REPEATS):
+        synchronize()
+        started = time.perf_counter()
+        items = run()
+        synchronize()
+        rates.append(items / (time.perf_counter() - started))
+    return max(rates)
+
+
+def synchronizer(device: torch.device) -> Callable[[], None]:
+    """Waits until a device has done what it was given."""
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+
+def product_flops_per_s(device: torch.device, precision: str) -> float:
+    """Floating-point operations/s of a square matrix product in a precision: no model is faster."""
+    size = _PRODUCT_SIZE[device.type]
+    left, right = (torch.randn(size, size, device=device).to(PRECISIONS[precision]) for _ in range(2))
+    out = torch.empty_like(left)
+
+    def multiply() -> int:
+        torch.mm(left, right, out=out)
+        return 2 * size**3
+
+    return best_rate(multiply, synchronizer(device))
+
+
+def image_flops(loaded: LoadedModel) -> float:
+    """Floating-point operations of the image tower for one image, a multiply-add counted as two."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not know the fused operator
+    try:
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            loaded.model.get_submodule("visual")(torch.zeros(1, 3, *loaded.info.preprocess.size))
+        return float(counter.get_total_flops())
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def copied_bytes_per_s(device: torch.device) -> float:
+    """From pinned memory to a device, in pieces so large that only the bus counts."""
+    pinned = torch.empty(_COPY_BYTES, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(_COPY_BYTES, dtype=torch.uint8, device=device)
+
+    def copy() -> int:
+        there.copy_(pinned, non_blocking=True)
+        return _COPY_BYTES
+
+    return best_rate(copy, synchronizer(device))
+
+
+def read_bytes_per_s(path: str) -> float:
+    """Of a file that is in the page cache, by one thread."""
+    memory = bytearray(_READ_BYTES)
+
+    def read() -> int:
+        total = 0
+        with open(path, "rb", buffering=0) as file:
+            while count := file.readinto(memory):
+                total += count
+        return total
+
+    return best_rate(read)
+
+
+def written_bytes_per_s(path: Path, num_bytes: int) -> float:
+    """Of a file written and synced to disk, by one thread."""
+    block = os.urandom(_READ_BYTES)
+
+    def write() -> int:
+        with open(path, "wb", buffering=0) as file:
+            for _ in range(-(-num_bytes // _READ_BYTES)):
+                file.write(block)
+            os.fsync(file.fileno())
+        return -(-num_bytes // _READ_BYTES) * _READ_BYTES
+
+    return best_rate(write)
+
+
+def jpegs_per_s(images: Sequence[bytes], num_threads: int) -> float:
+    """Of libjpeg-turbo alone, without the resize."""
+
+    def decode() -> int:
+        with ThreadPoolExecutor(num_threads) as pool:
+            return sum(1 for _ in pool.map(lambda data: simplejpeg.decode_jpeg(data, colorspace="RGB"), images))
+
+    return best_rate(decode)

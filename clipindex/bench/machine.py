@@ -1,0 +1,29 @@
+"""What a result was measured on."""
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "open_clip_torch", "numpy", "pyarrow", "faiss-cpu", "pillow", "simplejpeg")
+
+
+def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
+    """Processor, cores, device, and versions of what the speed depends on."""
+    cpu = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
+    cuda = device is not None and device.type == "cuda"
+    return {
+        "cpu": cpu[0] if cpu else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        **({"gpu": torch.cuda.get_device_name(device)} if cuda else {}),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []

@@ -1,0 +1,166 @@
+"""Each stage by itself, and all together, each beside its ceiling."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from clipindex.bench import ceilings
+from clipindex.bench.ceilings import best_rate, synchronizer
+from clipindex.decode import decode_image
+from clipindex.embed_job import embed
+from clipindex.encode import ImageTower
+from clipindex.shards import list_shards, read_samples
+from clipindex.store import ShardWriter, open_dataset
+from clipindex.types import ModelInfo, ModelSpec, Preprocess, Sample, Shard
+from clipindex.version import CREATED_BY
+
+WRITE_ROWS = 32_768
+WRITE_BATCH = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """One row of the table."""
+
+    stage: str
+    setting: str
+    """What was measured: model, precision, sizes, threads."""
+    images_per_s: float
+    ceiling_per_s: float
+    """Images/s that cannot be exceeded."""
+    ceiling: str
+    """What that ceiling is."""
+    note: str = ""
+
+    @property
+    def of_ceiling(self) -> float:
+        """Measured over ceiling; 1 is as good as can be."""
+        return self.images_per_s / self.ceiling_per_s
+
+
+def measure_read(tar: str, setting: str) -> Measurement:
+    """Samples/s of one thread."""
+    (shard,) = list_shards([tar])
+    images = sum(1 for _ in read_samples(shard))
+    return Measurement(
+        stage="read",
+        setting=f"tar of {setting}, 1 thread",
+        images_per_s=best_rate(lambda: sum(1 for _ in read_samples(shard))),
+        ceiling_per_s=ceilings.read_bytes_per_s(tar) * images / shard.size,
+        ceiling="reading the bytes, no more",
+    )
+
+
+def measure_decode(tars: Sequence[str], setting: str, preprocess: Preprocess, num_threads: int) -> Measurement:
+    """Images/s from encoded bytes in memory to pixels."""
+    samples = [s for shard in list_shards(tars) for s in read_samples(shard) if isinstance(s, Sample)]
+    images = [sample.image for sample in samples]
+    pixels = np.empty((len(images), *preprocess.size, 3), np.uint8)
+
+    def decode() -> int:
+        with ThreadPoolExecutor(num_threads) as pool:
+            return sum(
+                1 for _ in pool.map(lambda at: decode_image(images[at], preprocess, pixels[at]), range(len(images)))
+            )
+
+    threads = f"{num_threads} thread{'s' if num_threads > 1 else ''}"
+    return Measurement(
+        stage="decode",
+        setting=f"{setting} to {preprocess.size[1]}x{preprocess.size[0]}, {threads}",
+        images_per_s=best_rate(decode),
+        ceiling_per_s=ceilings.jpegs_per_s(images, num_threads),
+        ceiling="libjpeg-turbo without the resize",
+    )
+
+
+def measure_copy(tower: ImageTower, batch_size: int, device: torch.device) -> Measurement:
+    """Images/s from pinned memory to a CUDA device, a batch at a time."""
+    batch = torch.from_numpy(tower.new_batch(batch_size))
+
+    def copy() -> int:
+        batch.to(device, non_blocking=True)
+        return batch_size
+
+    return Measurement(
+        stage="copy",
+        setting=f"batch of {batch_size} to {device}",
+        images_per_s=best_rate(copy, synchronizer(device)),
+        ceiling_per_s=ceilings.copied_bytes_per_s(device) * batch_size / batch.nbytes,
+        ceiling="the bus, in pieces of 256 MiB",
+    )
+
+
+def measure_encode(
+    tower: ImageTower, name: str, batch_size: int, flops: float, product_flops_per_s: float
+) -> Measurement:
+    """Images/s of the image tower; its ratio to the ceiling is the model's FLOP utilisation (MFU)."""
+    batch = tower.new_batch(batch_size)
+
+    def encode() -> int:
+        tower.encode(batch)
+        return batch_size
+
+    return Measurement(
+        stage="encode",
+        setting=f"{name}, {tower.precision} on {tower.device}, batch of {batch_size}",
+        images_per_s=best_rate(encode),
+        ceiling_per_s=product_flops_per_s / flops,
+        ceiling=f"{product_flops_per_s / 1e12:,.2f} TFLOP/s product, {flops / 1e9:,.3g} GFLOP an image",
+    )
+
+
+def measure_write(folder: Path, info: ModelInfo) -> Measurement:
+    """Rows/s of one thread, from float32 embeddings to a synced Parquet file."""
+    rng = np.random.default_rng(0)
+    embeddings = rng.normal(size=(WRITE_BATCH, info.dim)).astype(np.float32)
+    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+    samples = [
+        Sample(key=f"{at:08}", member=f"{at:08}.jpg", image=b"", tar_offset=0, label=at) for at in range(WRITE_BATCH)
+    ]
+    dataset = open_dataset(folder, info, "float16", CREATED_BY)
+    shard = Shard(url=str(folder / "0.tar"), name="0", size=0, version="")
+
+    def write() -> int:
+        writer = ShardWriter(folder, shard, dataset)
+        for _ in range(WRITE_ROWS // WRITE_BATCH):
+            writer.append(samples, embeddings, np.ones(WRITE_BATCH, np.float32), [(1, 1)] * WRITE_BATCH)
+        writer.publish(samples=WRITE_ROWS, precision="fp32", decoder="exact", device="cpu", seconds=0.0)
+        return WRITE_ROWS
+
+    rate = best_rate(write)
+    size = (folder / "embeddings" / "0.parquet").stat().st_size
+    return Measurement(
+        stage="write",
+        setting=f"Parquet, {info.dim}-d float16, 1 thread",
+        images_per_s=rate,
+        ceiling_per_s=ceilings.written_bytes_per_s(folder / "bare", size) * WRITE_ROWS / size,
+        ceiling="writing and syncing the bytes",
+    )
+
+
+def measure_end_to_end(
+    tars: Sequence[str], folder: Path, spec: ModelSpec, precision: str, device: str, batch_size: int, slowest: float
+) -> Measurement:
+    """Images/s of the whole job from tars to Parquet, the model's loading apart."""
+    summary = embed(
+        tars,
+        folder,
+        model=spec.name,
+        random_init=spec.random_init,
+        precision=precision,
+        device=device,
+        batch_size=batch_size,
+    )
+    busy = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in summary.stages.busy.items())
+    return Measurement(
+        stage="end to end",
+        setting=f"{spec.name}, {precision} on {summary.device}, batch of {batch_size}",
+        images_per_s=summary.images_per_s,
+        ceiling_per_s=slowest,
+        ceiling="the slower of decode and encode",
+        note=f"bound by {summary.stages.bound_by}; at work: {busy}",
+    )

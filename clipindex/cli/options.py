@@ -1,0 +1,112 @@
+"""Options that several commands share, and how every command ends."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from clipindex.types import ModelSpec
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+MAX_REJECT_RATE = 0.1
+"""Crawled corpora reject a few in a hundred; one in ten means that something else is wrong."""
+
+
+def model_options(*, required: bool) -> Callable[[Command], Command]:
+    """Which model, on what device, in which precision."""
+    options = [
+        click.option(
+            "--model",
+            required=required,
+            help="open_clip architecture, hf-hub:ORG/REPO, local-dir:PATH, a model directory, or demo.",
+        ),
+        click.option("--pretrained", help="open_clip tag, or a local .safetensors/.pt file, for an architecture name."),
+        click.option(
+            "--random-init",
+            type=click.IntRange(0, 2**63 - 1),
+            metavar="SEED",
+            help="Random weights instead of trained ones.",
+        ),
+        click.option(
+            "--quick-gelu/--no-quick-gelu",
+            default=None,
+            help="Activation of a weights file that does not say.",
+        ),
+        *device_options,
+    ]
+    return apply(options)
+
+
+device_options = [
+    click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        help="cpu, cuda, cuda:N, several with commas between; auto is all CUDA devices, else the CPU.",
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(["auto", "bf16", "fp16", "fp32"]),
+        default="auto",
+        show_default=True,
+        help="Of weights and activations; auto is bf16 where the device multiplies it, else fp32.",
+    ),
+]
+embed_options = [
+    click.option("--dtype", type=click.Choice(["float16", "float32"]), default="float16", show_default=True,
+                 help="Of the embedding column."),
+    click.option("--batch-size", type=click.IntRange(1), help="Images at once.  [default: found by measuring]"),
+    click.option("--decode-threads", type=click.IntRange(1), help="Decoding threads.  [default: one a core]"),
+    click.option("--preprocess", type=click.Choice(["exact", "fast"]), default="exact", show_default=True,
+                 help="fast decodes large JPEGs at a fraction of their size: pixels move by under 1/255 on average."),
+    click.option("--refresh", is_flag=True, help="Embed again the tars that changed since."),
+    click.option("--max-reject-rate", type=click.FloatRange(0, 1), default=MAX_REJECT_RATE, show_default=True,
+                 help="Exit with status 3 where more of the samples are rejects."),
+]  # fmt: skip
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
+
+
+def apply(options: Sequence[Callable[[Command], Command]]) -> Callable[[Command], Command]:
+    """Several options as one decorator, in the order of the help page."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def refuse_options(context: click.Context, names: Sequence[str], why: str) -> None:
+    """An option that would be ignored is a mistake to be told."""
+    for name in names:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"--{name.replace('_', '-')} does not apply: {why}")
+
+
+def spec(options: dict[str, Any]) -> "ModelSpec":
+    """The model that was asked for."""
+    from clipindex.types import ModelSpec
+
+    return ModelSpec(
+        name=options["model"],
+        pretrained=options["pretrained"],
+        random_init=options["random_init"],
+        quick_gelu=options["quick_gelu"],
+    )
+
+
+def print_result(result: Any, as_json: bool, lines: Callable[[Any], list[str]]) -> None:  # noqa: ANN401
+    """A summary, or a list of them, on standard output: as JSON, or as `lines` puts it for a person."""
+    if as_json:
+        document = [dataclasses.asdict(r) for r in result] if isinstance(result, list) else dataclasses.asdict(result)
+        click.echo(json.dumps(document, indent=2, default=str))
+    else:
+        click.echo("\n".join(lines(result)))
