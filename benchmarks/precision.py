@@ -32,11 +32,12 @@ def main() -> None:
     rows: list[Row] = []
     for name in options.models:
         loaded = load_model(ModelSpec(name=name, random_init=None if name == "demo" else 0))
-        rows += _compare(name, loaded, options.device)
+        rows += compare(name, loaded, options.device)
     finish("precision", rows, options.save)
 
 
-def _compare(name: str, loaded: LoadedModel, device_name: str) -> list[Row]:
+def compare(name: str, loaded: LoadedModel, device_name: str) -> list[Row]:
+    """A row for each precision that a device has: cosines to fp32 on the CPU, and speed."""
     device = choose_device(device_name)
     images = _images(loaded)
     reference = ImageTower(loaded, device=choose_device("cpu"), precision="fp32").encode(images)[0]

@@ -11,6 +11,7 @@ import json
 import math
 import random
 import tarfile
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,24 +34,34 @@ NUM_CLASSES = 1000
 
 PORTRAIT_SHARE = 0.27
 ODD_SIZE_SHARE = 0.2
-"""Smaller than the rest, and of any shape: what a photo site serves when the original is no larger."""
-GREY_SHARE = 0.02
+"""Of images that are smaller than the rest and of any shape, as photo sites serve what was uploaded small."""
 FULL_CHROMA_SHARE = 0.2
+"""Of 4:4:4, which editors write when asked for high quality; cameras, phones and crawlers' encoders write 4:2:0."""
+GREY_SHARE = 0.02
 PROGRESSIVE_SHARE = 0.04
+"""Small, since corpora are mostly as cameras and crawlers' encoders left them, and web optimisers are the exception."""
 QUALITIES = (85, 95)
 
-_PANEL_CHANCE = 0.4
-_MERGE_CHANCE = 0.3
+_COLLAGE_CHANCE = 0.45
+_MERGE_CHANCE = 0.35
 _LEAST_PANEL = 0.35
 """Of the picture's long side, so that a collage has a handful of panels."""
-_ROOM = 1.0
-_DETAIL_GAIN = 16.0
-_DETAIL_FLOOR = 20
-_DETAIL_RADIUS = 1.5
-_DETAIL_LIMIT = 24
-_PATCH = (12, 40)
 
-_SWAPPING = (
+_CLOSE_UP = 1.5
+"""How much larger than a picture its sources are made, so that some pictures show only a part."""
+_MOST_ROOM = 1000
+"""No close-ups beyond, in pixels: sources of camera size are a hundred megabytes without them."""
+
+# Set so that a picture's bytes a pixel, and its decoding time, are those of the shipped photographs at equal quality.
+_SHARPNESS = 60
+_DETAIL_GAIN = 16.0
+_DETAIL_FLOOR = 20.0
+_DETAIL_LIMIT = 24.0
+_DETAIL_RADIUS = 1.5
+_DETAIL_SIDE = 640
+_PATCH_SIDES = (12, 40)
+
+_QUARTER_TURNS = (
     Image.Transpose.ROTATE_90,
     Image.Transpose.ROTATE_270,
     Image.Transpose.TRANSPOSE,
@@ -61,7 +72,7 @@ _TURNS = (
     Image.Transpose.FLIP_LEFT_RIGHT,
     Image.Transpose.ROTATE_180,
     Image.Transpose.FLIP_TOP_BOTTOM,
-    *_SWAPPING,
+    *_QUARTER_TURNS,
 )
 _TURN_WEIGHTS = (5, 5, 1, 1, 1, 1, 1, 1)
 
@@ -71,15 +82,12 @@ Size = tuple[int, int]
 class _Photo(NamedTuple):
     name: str
     levels: list[Image.Image]
-    """From its own size to one from which every picture can be cut without enlarging it."""
+    """From its own size to one from which every picture can be cut without enlarging; only read, by all threads."""
 
 
-_Paints = list[_Photo]
-
-
-class _Panel(NamedTuple):
+class _Picture(NamedTuple):
     image: Image.Image
-    name: str
+    caption: str
 
 
 def write_corpus(
@@ -120,14 +128,16 @@ def write_corpus(
         "recipe": RECIPE,
         "pillow": PIL.__version__,
     }
-    if not _claim(folder, about):
-        paints = _mix_paints(size)
-        for path, numbers in _shards(folder, num_images, shard_images):
-            if not path.exists():
-                _write_shard(path, numbers, paints, size, seed, on_images)
-            on_images(numbers.stop)
+    shards = _shards(folder, num_images, shard_images)
+    if not _claim(folder, about, shards):
+        photos = _load_photos(size)
+        for path, numbers in shards:
+            if path.exists():
+                on_images(numbers.stop)
+            else:
+                _write_shard(path, numbers, photos, size, seed, on_images)
         _write_marker(folder, {**about, "complete": True})
-    return [str(path) for path, _ in _shards(folder, num_images, shard_images)]
+    return [str(path) for path, _ in shards]
 
 
 def _shards(folder: Path, num_images: int, shard_images: int) -> list[tuple[Path, range]]:
@@ -137,7 +147,7 @@ def _shards(folder: Path, num_images: int, shard_images: int) -> list[tuple[Path
     ]
 
 
-def _claim(folder: Path, about: dict[str, Any]) -> bool:
+def _claim(folder: Path, about: dict[str, Any], shards: list[tuple[Path, range]]) -> bool:
     """Whether the corpus is there, whole; if not, say in the folder whose tars appear in it from now on.
 
     Without that, the tars of a run that was stopped could not be told from anyone else's.
@@ -150,17 +160,16 @@ def _claim(folder: Path, about: dict[str, Any]) -> bool:
         _write_marker(folder, {**about, "complete": False})
         return False
     try:
-        found = json.loads(marker.read_bytes())
-        complete = found.pop("complete")
-    except (ValueError, AttributeError, KeyError):
-        raise UsageError(f"{marker} does not describe a corpus; remove {folder} or give another folder") from None
+        found = dict(json.loads(marker.read_bytes()))
+    except (ValueError, TypeError):
+        raise UsageError(f"{marker} does not describe a corpus; give another folder") from None
+    complete = found.pop("complete", False)
     if found != about:
         other = ", ".join(
             f"{key} {found.get(key)} and not {about[key]}" for key in about if found.get(key) != about[key]
         )
         raise UsageError(f"{folder} holds another corpus ({other}); remove it or give another folder")
-    paths = [path for path, _ in _shards(folder, about["images"], about["shard_images"])]
-    return bool(complete) and all(path.exists() for path in paths)
+    return bool(complete) and all(path.exists() for path, _ in shards)
 
 
 def _write_marker(folder: Path, content: dict[str, Any]) -> None:
@@ -169,10 +178,10 @@ def _write_marker(folder: Path, content: dict[str, Any]) -> None:
 
 
 def _write_shard(
-    path: Path, numbers: range, paints: _Paints, size: Size, seed: int, on_images: Callable[[int], None]
+    path: Path, numbers: range, photos: list[_Photo], size: Size, seed: int, on_images: Callable[[int], None]
 ) -> None:
     def draw(number: int) -> dict[str, bytes]:
-        return _draw_sample(paints, size, seed, number)
+        return _draw_sample(photos, size, seed, number)
 
     with (
         atomic_write(path) as file,
@@ -188,22 +197,22 @@ def _write_shard(
             on_images(number + 1)
 
 
-def _draw_sample(paints: _Paints, size: Size, seed: int, number: int) -> dict[str, bytes]:
+def _draw_sample(photos: list[_Photo], size: Size, seed: int, number: int) -> dict[str, bytes]:
     """Members of a sample, the image first."""
     rng = random.Random(f"{seed} {number} {size[0]}x{size[1]}")
     label = rng.randrange(NUM_CLASSES)
-    picture = _picture(paints, _image_size(size, rng), rng)
-    meta = {"width": picture.image.width, "height": picture.image.height, "caption": f"a photograph of {picture.name}"}
+    image, caption = _picture(photos, _image_size(size, rng), rng)
+    meta = {"width": image.width, "height": image.height, "caption": f"a photograph of {caption}"}
     key = f"{number:09d}"
     return {
-        f"{key}.jpg": _encode(picture.image, rng),
+        f"{key}.jpg": _encode(image, rng),
         f"{key}.cls": str(label).encode(),
         f"{key}.json": json.dumps(meta).encode(),
     }
 
 
 def _image_size(size: Size, rng: random.Random) -> Size:
-    """Most have the long side in full, as photo sites limit that one; the short side is between 3:2 and 5:4."""
+    """Most have the long side in full, as photo sites limit that one; of 4:3, the short side is from 3:2 to 5:4."""
     long, short = max(size), min(size)
     if rng.random() < ODD_SIZE_SHARE:
         long = round(long * rng.uniform(0.6, 1))
@@ -215,105 +224,106 @@ def _image_size(size: Size, rng: random.Random) -> Size:
 
 def _encode(image: Image.Image, rng: random.Random) -> bytes:
     options: dict[str, Any] = {"quality": rng.randint(*QUALITIES)}
-    grey, full_chroma, progressive = (
-        rng.random() < share for share in (GREY_SHARE, FULL_CHROMA_SHARE, PROGRESSIVE_SHARE)
-    )
-    if grey:
+    if rng.random() < GREY_SHARE:
         image = image.convert("L")
     else:
-        options["subsampling"] = "4:4:4" if full_chroma else "4:2:0"
-    if progressive:
-        options["progressive"] = True
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", **options)
-    return buffer.getvalue()
+        options["subsampling"] = "4:4:4" if rng.random() < FULL_CHROMA_SHARE else "4:2:0"
+    # Pillow keeps the GIL while it encodes into memory, and not while into a file of the operating system's.
+    with tempfile.TemporaryFile() as file:
+        image.save(file, "JPEG", progressive=rng.random() < PROGRESSIVE_SHARE, **options)
+        file.seek(0)
+        return file.read()
 
 
-def _picture(paints: _Paints, size: Size, rng: random.Random) -> _Panel:
-    """One photograph, a collage of a few, or two that run into each other."""
-    first = _collage(paints, size, rng, max(size) * _LEAST_PANEL)
+def _picture(photos: list[_Photo], size: Size, rng: random.Random) -> _Picture:
+    """One photograph, a collage of a few, or one that runs into another."""
+    picture = _collage(photos, size, rng, max(size) * _LEAST_PANEL)
     if rng.random() >= _MERGE_CHANCE:
-        return first
-    second = _cut(paints, size, rng)
-    mask = _gradient(size, rng)
-    return _Panel(Image.composite(first.image, second.image, mask), f"{first.name} and {second.name}")
+        return picture
+    other = _cut(photos, size, rng)
+    image = Image.composite(picture.image, other.image, _gradient(size, rng))
+    return _Picture(image, f"{picture.caption} and {other.caption}")
 
 
-def _collage(paints: _Paints, size: Size, rng: random.Random, least: float) -> _Panel:
+def _collage(photos: list[_Photo], size: Size, rng: random.Random, least: float) -> _Picture:
+    """A photograph, or two collages beside each other or one above the other."""
     width, height = size
-    if max(size) < 2 * least or rng.random() >= _PANEL_CHANCE:
-        return _cut(paints, size, rng)
+    if max(size) < 2 * least or rng.random() >= _COLLAGE_CHANCE:
+        return _cut(photos, size, rng)
+    at = round(max(size) * rng.uniform(0.35, 0.65))
+    across = width >= height
+    first = _collage(photos, (at, height) if across else (width, at), rng, least)
+    second = _collage(photos, (width - at, height) if across else (width, height - at), rng, least)
     image = Image.new("RGB", size)
-    at = rng.uniform(0.35, 0.65)
-    if width >= height:
-        cut = round(width * at)
-        parts = [((0, 0), (cut, height)), ((cut, 0), (width - cut, height))]
-    else:
-        cut = round(height * at)
-        parts = [((0, 0), (width, cut)), ((0, cut), (width, height - cut))]
-    names = []
-    for corner, part in parts:
-        panel = _collage(paints, part, rng, least)
-        image.paste(panel.image, corner)
-        names.append(panel.name)
-    return _Panel(image, " beside ".join(names))
+    image.paste(first.image, (0, 0))
+    image.paste(second.image, (at, 0) if across else (0, at))
+    return _Picture(image, f"{first.caption} beside {second.caption}")
 
 
-def _cut(paints: _Paints, size: Size, rng: random.Random) -> _Panel:
-    """A crop of a photograph, turned, in colours of its own; never enlarged, at most halved."""
-    photo = rng.choice(paints)
+def _cut(photos: list[_Photo], size: Size, rng: random.Random) -> _Picture:
+    """A crop of a photograph, turned, in colours of its own; not enlarged, and at most halved."""
+    photo = rng.choice(photos)
     turn = rng.choices(_TURNS, _TURN_WEIGHTS)[0]
-    width, height = size[::-1] if turn in _SWAPPING else size
-    fits = [min(level.width / width, level.height / height) for level in photo.levels]
-    fit, source = rng.choice([both for both in zip(fits, photo.levels, strict=True) if both[0] >= 1])
+    width, height = size[::-1] if turn in _QUARTER_TURNS else size
+    fits = [(min(level.width / width, level.height / height), level) for level in photo.levels]
+    fit, source = rng.choice([pair for pair in fits if pair[0] >= 1])
     scale = rng.uniform(1, min(fit, 2))
-    left = rng.uniform(0, source.width - width * scale)
-    top = rng.uniform(0, source.height - height * scale)
-    box = (left, top, left + width * scale, top + height * scale)
-    image = source.resize((width, height), Image.Resampling.HAMMING, box)
+    left, right = _span(source.width, width * scale, rng)
+    top, bottom = _span(source.height, height * scale, rng)
+    # Of the filters that halve well, Hamming's reads the fewest pixels.
+    image = source.resize((width, height), Image.Resampling.HAMMING, (left, top, right, bottom))
     image = _recolour(image, rng)
-    return _Panel(image if turn is None else image.transpose(turn), photo.name)
+    return _Picture(image if turn is None else image.transpose(turn), photo.name)
+
+
+def _span(whole: int, part: float, rng: random.Random) -> tuple[float, float]:
+    """Start and end of a part; rounding must not lead out of the whole, which Pillow refuses."""
+    start = rng.uniform(0, max(0.0, whole - part))
+    return start, min(start + part, whole)
 
 
 def _recolour(image: Image.Image, rng: random.Random) -> Image.Image:
+    """Other hue, saturation, white balance and gamma; the first two turn and shrink RGB about its grey axis."""
     angle, saturation = rng.gauss(0, 0.2), rng.uniform(0.6, 1.2)
     cos, sin = saturation * math.cos(angle), saturation * math.sin(angle) / math.sqrt(3)
-    own, left, right = (1 + 2 * cos) / 3, (1 - cos) / 3 - sin, (1 - cos) / 3 + sin
-    image = image.convert("RGB", (own, left, right, 0, right, own, left, 0, left, right, own, 0))
+    own, before, after = (1 + 2 * cos) / 3, (1 - cos) / 3 - sin, (1 - cos) / 3 + sin
+    image = image.convert("RGB", (own, before, after, 0, after, own, before, 0, before, after, own, 0))
     gamma = math.exp(rng.gauss(0, 0.25))
     gains = np.array([[rng.uniform(0.88, 1.1)] for _ in range(3)])
-    table = np.clip(np.rint(255 * gains * (np.arange(256) / 255) ** gamma), 0, 255).astype(int)
+    table = np.rint(np.minimum(255, 255 * gains * (np.arange(256) / 255) ** gamma))
     return image.point(table.ravel().tolist())
 
 
 def _gradient(size: Size, rng: random.Random) -> Image.Image:
+    """Weights by which one picture runs into another: across an edge, or out of a round spot."""
     gradient = Image.radial_gradient("L") if rng.random() < 0.5 else Image.linear_gradient("L")
     turn = rng.choice(_TURNS)
     middle, steepness = rng.uniform(80, 176), rng.uniform(1.5, 6)
+    levels = np.clip((np.arange(256) - middle) * steepness + 128, 0, 255).astype(int).tolist()
     gradient = gradient if turn is None else gradient.transpose(turn)
-    levels = np.clip((np.arange(256) - middle) * steepness + 128, 0, 255).astype(int)
-    return gradient.point(levels.tolist()).resize(size, Image.Resampling.BILINEAR)
+    return gradient.point(levels).resize(size, Image.Resampling.BILINEAR)
 
 
-def _mix_paints(size: Size) -> _Paints:
-    photos = []
-    for shard in list_shards(str(PHOTOGRAPHS)):
-        for sample in read_samples(shard):
-            with Image.open(io.BytesIO(sample.image if isinstance(sample, Sample) else b"")) as image:
-                if image.mode == "RGB":  # the others are one of these in grey, in few colours, with an alpha channel
-                    photos.append((sample.key, image.copy()))
-    goal = max(size)
-    sheet = _detail_sheet([image for _, image in photos], 640)
-
-    def paint(photo: tuple[str, Image.Image]) -> _Photo:
-        return _Photo(photo[0], _levels(photo[1], goal, sheet))
-
-    return list(map_in_order(paint, photos, num_cores()))
+def _load_photos(size: Size) -> list[_Photo]:
+    samples = [sample for shard in list_shards(str(PHOTOGRAPHS)) for sample in read_samples(shard)]
+    images = {sample.key: _decode(sample) for sample in samples if isinstance(sample, Sample)}
+    # The others are one of these in grey, in few colours and with an alpha channel.
+    photographs = {name: image for name, image in images.items() if image.mode == "RGB"}
+    sheet = _detail_sheet(list(photographs.values()))
+    room = max(max(size), min(_MOST_ROOM, round(_CLOSE_UP * max(size))))
+    levels = map_in_order(lambda image: _levels(image, room, sheet), photographs.values(), num_cores())
+    return [_Photo(name, images) for name, images in zip(photographs, levels, strict=True)]
 
 
-def _levels(image: Image.Image, goal: int, sheet: Image.Image) -> list[Image.Image]:
-    """The photograph, and enlarged in steps of no more than two until its short side has room for any picture."""
-    octaves = max(0, math.log2(goal / min(image.size)))
+def _decode(sample: Sample) -> Image.Image:
+    image = Image.open(io.BytesIO(sample.image))
+    image.load()
+    return image
+
+
+def _levels(image: Image.Image, room: int, sheet: Image.Image) -> list[Image.Image]:
+    """The photograph, and enlarged in equal steps of at most two until its short side has `room` pixels."""
+    octaves = max(0, math.log2(room / min(image.size)))
     levels = [image]
     for step in range(1, math.ceil(octaves) + 1):
         factor = 2 ** (octaves * step / math.ceil(octaves))
@@ -322,11 +332,11 @@ def _levels(image: Image.Image, goal: int, sheet: Image.Image) -> list[Image.Ima
 
 
 def _enlarge(image: Image.Image, size: Size, sheet: Image.Image) -> Image.Image:
-    """Larger, with the fine detail that a photograph of that size would have, most of it where there is some already."""
-    smooth = image.resize(size, Image.Resampling.LANCZOS).filter(ImageFilter.UnsharpMask(1.5, 60, 0))
+    """Larger, with the detail that a photograph of that size would have, most of it where there is some already."""
+    smooth = image.resize(size, Image.Resampling.LANCZOS).filter(ImageFilter.UnsharpMask(1.5, _SHARPNESS, 0))
     grey = smooth.convert("L")
     busy = ImageChops.difference(grey, grey.filter(ImageFilter.BoxBlur(2))).filter(ImageFilter.BoxBlur(5))
-    amount = busy.point([min(255, round(_DETAIL_FLOOR + _DETAIL_GAIN * level)) for level in range(256)])
+    amount = busy.point([min(255, _DETAIL_FLOOR + _DETAIL_GAIN * level) for level in range(256)])
     detail = Image.new("RGB", size)
     for left in range(0, size[0], sheet.width):
         for top in range(0, size[1], sheet.height):
@@ -334,19 +344,22 @@ def _enlarge(image: Image.Image, size: Size, sheet: Image.Image) -> Image.Image:
     return Image.composite(ImageChops.add(smooth, detail, 1, -128), smooth, amount)
 
 
-def _detail_sheet(images: list[Image.Image], side: int) -> Image.Image:
-    """What a blur takes away from the photographs, in patches too small for anything to be made out."""
+def _detail_sheet(images: list[Image.Image]) -> Image.Image:
+    """What a blur takes away from photographs, about a middle grey, in patches in which nothing can be made out."""
     rng = random.Random(0)
-    fine = [ImageChops.subtract(image, image.filter(ImageFilter.GaussianBlur(_DETAIL_RADIUS)), 0.5, 128)
-            for image in images]
+    side = _DETAIL_SIDE
+    fine = [
+        ImageChops.subtract(image, image.filter(ImageFilter.GaussianBlur(_DETAIL_RADIUS)), 0.5, 128) for image in images
+    ]
+    fading = Image.radial_gradient("L").point([min(255, 2 * (255 - level)) for level in range(256)])
+    fading = fading.resize((_PATCH_SIDES[1],) * 2)
     sheet = Image.new("RGB", (side, side), (128, 128, 128))
-    radial = Image.radial_gradient("L").point([min(255, 2 * (255 - v)) for v in range(256)]).resize((_PATCH[1],) * 2)
-    for _ in range(side * side // _PATCH[0] ** 2):
+    for _ in range(side * side // _PATCH_SIDES[0] ** 2):
         source = rng.choice(fine)
-        width, height = rng.randint(*_PATCH), rng.randint(*_PATCH)
+        width, height = rng.randint(*_PATCH_SIDES), rng.randint(*_PATCH_SIDES)
         left, top = rng.randrange(source.width - width), rng.randrange(source.height - height)
-        patch = source.crop((left, top, left + width, top + height))
-        patch = patch.transpose(rng.choice([t for t in _TURNS if t is not None]))
-        sheet.paste(patch, (rng.randrange(-width, side), rng.randrange(-height, side)), radial.resize(patch.size))
-    soft = [round(128 + _DETAIL_LIMIT * math.tanh((level - 128) / _DETAIL_LIMIT)) for level in range(256)]
+        patch = source.crop((left, top, left + width, top + height)).transpose(rng.choice(_QUARTER_TURNS))
+        sheet.paste(patch, (rng.randrange(-width, side), rng.randrange(-height, side)), fading.resize(patch.size))
+    # Strong edges would show as scratches.
+    soft = [128 + _DETAIL_LIMIT * math.tanh((level - 128) / _DETAIL_LIMIT) for level in range(256)]
     return sheet.point(soft * 3)
