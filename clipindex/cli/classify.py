@@ -114,12 +114,13 @@ def _classify(
     predictions: Path | None,
     options: dict[str, Any],
 ) -> "ClassifySummary":
-    from clipindex import zeroshot
     from clipindex.progress import reporting
 
     started = time.monotonic()
     with reporting("classify") as report:
         report(0, 0, "loading the model")
+        from clipindex import zeroshot
+
         return zeroshot.classify(
             folder,
             classes=classes,

@@ -35,10 +35,9 @@ def embed(sources: tuple[str, ...], out: Path, max_reject_rate: float, as_json: 
 
 def run_embed(sources: Sequence[str], out: Path, options: dict[str, Any]) -> tuple["EmbedSummary", list[str]]:
     """The summary, and the names of the shards that the sources name."""
-    from clipindex import embed_job
-
     names: list[str] = []
     with _embed_reporting() as (on_plan, on_progress):
+        from clipindex import embed_job
 
         def note_names(plan: "Plan") -> None:
             names.extend(shard.name for shard in (*plan.done, *plan.changed, *plan.todo))
@@ -101,8 +100,6 @@ def embed_lines(summary: "EmbedSummary") -> list[str]:
         lines.append(f"rejects: {stages}; why: {summary.out}/rejects")
     if summary.samples:
         busy = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in summary.stages.busy.items())
-        lines.append(
-            f"bound by {summary.stages.bound_by}; at work: {busy};"
-            f" the encoder waited {summary.stages.device_waited_s:,.1f} s for images"
-        )
+        lines.append(f"bound by {summary.stages.bound_by}; at work: {busy}")
+        lines.append(f"the encoder waited {summary.stages.device_waited_s:,.1f} s for images")
     return lines
