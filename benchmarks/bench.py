@@ -23,7 +23,7 @@ def main() -> None:
             "images_per_s": round(row.images_per_s, 1),
             "ceiling_per_s": round(row.ceiling_per_s, 1),
             "ratio": round(row.of_ceiling, 2),
-            "ceiling": row.ceiling,
+            "ceiling is": row.ceiling,
         }
         for row in report.measurements
     ]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from clipindex.allocator import keep_freed_memory
 from clipindex.batch_size import fastest_batch_size
 from clipindex.encode import ImageTower, choose_devices, choose_precision
 from clipindex.errors import FingerprintError, UsageError
@@ -94,7 +95,7 @@ def embed(
     """Embed every image of the sources' tars into Parquet shards below `out`.
 
     Shards that are published there already are passed over, so that a run which was stopped, at whatever moment, is
-    finished by calling this again.
+    finished by calling this again. On a CPU the process's memory allocator is tuned; see `allocator`.
 
     Args:
         sources: Tars: paths, folders, globs, brace ranges, URLs, ``@FILE`` lists; see `shards.list_shards`.
@@ -123,8 +124,10 @@ def embed(
         raise UsageError(f"preprocess {preprocess!r}: choose one of {', '.join(PREPROCESS)}")
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"batch size {batch_size}: give at least 1")
-    shards = list_shards([sources] if isinstance(sources, str) else sources)
     devices = choose_devices(device)
+    if devices[0].type == "cpu":
+        keep_freed_memory()
+    shards = list_shards([sources] if isinstance(sources, str) else sources)
     chosen_precision = choose_precision(precision, devices[0])
     spec = ModelSpec(name=model, pretrained=pretrained, random_init=random_init, quick_gelu=quick_gelu)
     loaded = load_model(spec)

@@ -12,6 +12,7 @@ from corpus import encoded, labelled, picture, write_tar
 
 from clipindex.decode import decode_image
 from clipindex.pipeline import Progress, embed_shards
+from clipindex.pipeline import run as pipeline_run
 from clipindex.shards import list_shards, read_samples
 from clipindex.store import open_dataset, published_shards, read_embeddings, read_rejects
 from clipindex.types import Sample
@@ -219,6 +220,31 @@ def test_a_device_that_fails_ends_the_run_and_leaves_nothing_half(tmp_path):
     assert threading.active_count() == before
     assert not list((tmp_path / "out").rglob("*.tmp"))
     assert all(record.samples == 20 for record in published_shards(tmp_path / "out").values())
+
+
+@pytest.mark.parametrize(("device", "together"), [("cpu", False), ("cuda:0", True)])
+def test_on_a_cpu_decoding_and_encoding_take_turns_at_the_cores(tmp_path, monkeypatch, device, together):
+    """The name of the device is what decides; neither of the two is there."""
+    encoding = threading.Event()
+    begun_meanwhile = []
+
+    def spy(*arguments, **options):
+        begun_meanwhile.append(encoding.is_set())
+        return decode_image(*arguments, **options)
+
+    class Watched(SlowEncoder):
+        def encode(self, images):
+            encoding.set()
+            found = super().encode(images)
+            encoding.clear()
+            return found
+
+    monkeypatch.setattr(pipeline_run, "decode_image", spy)
+    corpus = write_tar(tmp_path / "a.tar", labelled([f"k{at}" for at in range(120)]))
+    run(corpus, tmp_path / "out", Watched(device, 0.02), batch_size=20)
+    assert len(begun_meanwhile) == 120
+    # A thread that had its turn may be about to begin; each can be so once a batch.
+    assert (sum(begun_meanwhile) > 2 * 6) is together
 
 
 def test_the_stage_that_binds_is_named(tmp_path):

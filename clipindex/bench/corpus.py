@@ -119,7 +119,7 @@ def write_corpus(
         UsageError: `folder` holds something else, or a number is too small.
     """
     if num_images < 1 or shard_images < 1 or min(size) < 16:
-        raise UsageError("a corpus has at least one image, also in a tar, and no side below 16 pixels")
+        raise UsageError("a corpus has at least one image, at least one a tar, and sides of at least 16 pixels")
     about = {
         "images": num_images,
         "size": list(size),

@@ -12,6 +12,7 @@ from typing import Any
 import open_clip
 import torch
 
+from clipindex.allocator import keep_freed_memory
 from clipindex.batch_size import fastest_batch_size
 from clipindex.bench.ceilings import image_flops, product_flops_per_s
 from clipindex.bench.corpus import write_corpus
@@ -88,6 +89,8 @@ def bench(
         ClipindexError: Whatever is the caller's to mend; its kinds are in `errors`.
     """
     chosen = choose_device(device)
+    if chosen.type == "cpu":
+        keep_freed_memory()  # as the job does
     number = images or (CUDA_IMAGES if chosen.type == "cuda" else CPU_IMAGES)
     names = list(dict.fromkeys(choose_precision(name, chosen) for name in precisions))
     specs = [

@@ -26,7 +26,10 @@ from clipindex.pipeline.home import Counts, Home, ShardResult
 from clipindex.stages import StageClock, StageTimes, stage_times
 from clipindex.store import Dataset
 from clipindex.threads import merge, num_cores, prefetch
-from clipindex.types import ImageEncoder, Shard, UInt8Array
+from clipindex.types import Float32Array, ImageEncoder, Shard, UInt8Array
+
+Encode = Callable[[UInt8Array], tuple[Float32Array, Float32Array]]
+"""As `ImageEncoder.encode`."""
 
 BATCHES_AHEAD = 2
 """Assembled batches that wait for the device: one to start on at once, one in case the next decodes slowly."""
@@ -80,10 +83,9 @@ def embed_shards(
     def pipeline(at: int, encoder: ImageEncoder) -> Generator[ShardResult, None, None]:
         home = Home(folder, dataset, encoder, "fast" if fast_decode else "exact")
 
-        def decode(data: bytes, out: UInt8Array) -> tuple[int, int]:
-            return decode_image(data, encoder.info.preprocess, out, fast=fast_decode)
-
-        with contextlib.closing(_embed_on(encoder, _taken(waiting), decode, home, batch_size, clocks[at])) as batches:
+        with contextlib.closing(
+            _embed_on(encoder, _taken(waiting), fast_decode, home, batch_size, clocks[at])
+        ) as batches:
             for finished in batches:
                 yield from finished
                 with lock:
@@ -103,13 +105,17 @@ def _taken(waiting: deque[Shard]) -> Iterator[Shard]:
 
 
 def _embed_on(
-    encoder: ImageEncoder, shards: Iterable[Shard], decode: Decode, home: Home, batch_size: int, clock: StageClock
+    encoder: ImageEncoder, shards: Iterable[Shard], fast_decode: bool, home: Home, batch_size: int, clock: StageClock
 ) -> Generator[list[ShardResult], None, None]:
+    def decode(data: bytes, out: UInt8Array) -> tuple[int, int]:
+        return decode_image(data, encoder.info.preprocess, out, fast=fast_decode)
+
+    stages = _taking_turns(decode, encoder.encode) if encoder.device == "cpu" else (decode, encoder.encode)
     with ThreadPoolExecutor(clock.decode_threads, thread_name_prefix="decode") as pool:
         # In flight at once: those ahead, one being laid, one waiting for the queue, one in the encoder.
         buffers = [encoder.new_batch(batch_size) for _ in range(BATCHES_AHEAD + 3)]
-        laid = clock.timed("read", lay_batches(shards, decode, buffers, pool))
-        encoded = prefetch(_encode(prefetch(laid, BATCHES_AHEAD), encoder, clock), 1)
+        laid = clock.timed("read", lay_batches(shards, stages[0], buffers, pool))
+        encoded = prefetch(_encode(prefetch(laid, BATCHES_AHEAD), stages[1], encoder.info.dim, clock), 1)
         try:
             yield from home.receive(encoded, clock)
         finally:
@@ -117,11 +123,36 @@ def _embed_on(
             pool.shutdown(cancel_futures=True)
 
 
-def _encode(batches: Generator[Batch, None, None], encoder: ImageEncoder, clock: StageClock) -> Iterator[EncodedBatch]:
+def _taking_turns(decode: Decode, encode: Encode) -> tuple[Decode, Encode]:
+    """Decoding and encoding that leave each other the cores.
+
+    On a CPU both want all of them. Side by side, every thread of a matrix product waits for the one whose core a
+    decoder has taken: a millisecond of decoding then costs one of all cores.
+    """
+    free = threading.Event()
+    free.set()
+
+    def decode_in_turn(data: bytes, out: UInt8Array) -> tuple[int, int]:
+        free.wait()
+        return decode(data, out)
+
+    def encode_in_turn(images: UInt8Array) -> tuple[Float32Array, Float32Array]:
+        free.clear()
+        try:
+            return encode(images)
+        finally:
+            free.set()
+
+    return decode_in_turn, encode_in_turn
+
+
+def _encode(
+    batches: Generator[Batch, None, None], encode: Encode, dim: int, clock: StageClock
+) -> Iterator[EncodedBatch]:
     with contextlib.closing(clock.timed("wait", decoded(batches, clock))) as ready:
         for batch, outcomes in ready:
-            embeddings, norms = np.empty((0, encoder.info.dim), np.float32), np.empty(0, np.float32)
+            embeddings, norms = np.empty((0, dim), np.float32), np.empty(0, np.float32)
             if batch.used:
                 with clock.timing("encode"):
-                    embeddings, norms = encoder.encode(batch.images[: batch.used])
+                    embeddings, norms = encode(batch.images[: batch.used])
             yield EncodedBatch(batch.events, outcomes, embeddings, norms)
