@@ -36,4 +36,6 @@ def test_memory_is_used_again_without_faulting_it_in():
         )
         for how in ("keep", "default")
     }
-    assert found["default"] > 50 * max(found["keep"], 10)
+    # 24 pages of 2 MiB an array at least, 12,288 where there are no huge ones; five arrays.
+    assert found["keep"] < 10
+    assert found["default"] >= 100
