@@ -26,6 +26,9 @@ CLASSIFIED = {
 SHEET_FILE = "predictions.png"
 
 _MARKER = "demo.json"
+BATCH_SIZE = 64
+"""Said, because measuring it would take longer than these few images do."""
+
 _TILE = 72
 _COLUMNS = 12
 _ROWS_PER_SET = 3
@@ -87,7 +90,7 @@ def run_demo(out: str | Path, on_step: Callable[[DemoStep], None] = lambda step:
 
 def _step(name: str, about: str, folder: Path) -> DemoStep:
     source = DATA / f"wds_{name}"
-    embedded = embed(str(source), folder, model="demo")
+    embedded = embed(str(source), folder, model="demo", batch_size=BATCH_SIZE)
     classified = None
     if (source / "classnames.txt").exists():
         classified = classify(

@@ -114,10 +114,10 @@ class _Cursor:
 
     def read_header(self) -> bytes:
         """The next header, with the padding before it passed over."""
-        self.offset += self._padding
-        header = self._ahead or self.stream.read(self._padding + BLOCK_BYTES)[self._padding :]
+        block = self._ahead or self.stream.read(self._padding + BLOCK_BYTES)
+        self.offset += len(block)
+        header = block[self._padding :]
         self._padding, self._ahead = 0, b""
-        self.offset += len(header)
         if len(header) != BLOCK_BYTES:
             self._raise_truncated()
         return header
@@ -138,7 +138,7 @@ class _Cursor:
         self.offset += min(size, len(block))
         if len(block) < size:
             self._raise_truncated()
-        self._ahead = block[size + self._padding :]
+        self._ahead = block[size:]
         return block[:size]
 
     def _raise_truncated(self) -> NoReturn:
