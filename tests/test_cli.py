@@ -86,7 +86,11 @@ def test_json_is_the_only_thing_on_standard_output_and_logs_are_lines(tmp_path):
         (["embed", "a.tar", "--out", "out"], 2, "--model"),
         (["embed", "a.tar", "--out", "out", "--model", "ViT-B-33"], 1, "ViT-B-32"),
         (["embed", "pipe:cat x", "--out", "out", *TINY], 1, "refused"),
-        (["embed", "a.tar", "--out", "out", *TINY, "--max-reject-rate", "0.05"], 3, ""),
+        (
+            ["embed", "a.tar", "--out", "out", *TINY, "--max-reject-rate", "0.05"],
+            3,
+            "10.0% of the samples are rejects, above --max-reject-rate 0.05",
+        ),
         (["embed", "a.tar", "cut.tar", "--out", "out", *TINY], 1, "cut.tar: truncated"),
         (["embed", "a.tar", "--out", "a.tar", *TINY], 1, "a.tar"),
         (["classify", "nowhere", "--classes", "c.txt"], 2, "--out and --model"),

@@ -55,7 +55,11 @@ def embed_status(summary: "EmbedSummary", max_reject_rate: float) -> int:
         click.echo(f"changed: {url} differs from what its rows were made of; --refresh embeds it again", err=True)
     if summary.shards_failed:
         return 1
-    return 3 if summary.reject_rate > max_reject_rate else 0
+    if summary.reject_rate > max_reject_rate:
+        share = f"{summary.reject_rate:.1%} of the samples"
+        click.echo(f"{share} are rejects, above --max-reject-rate {max_reject_rate:g}", err=True)
+        return 3
+    return 0
 
 
 @contextlib.contextmanager
