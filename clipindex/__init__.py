@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from clipindex.shards import list_shards, read_samples
     from clipindex.store import read_dataset, read_embeddings, read_rejects
     from clipindex.types import ModelSpec
+    from clipindex.verification import VerifySummary, verify
     from clipindex.zeroshot import ClassifySummary, build_classifier, classify, classify_images
 
 _HOMES = {
@@ -27,6 +28,7 @@ _HOMES = {
     "EmbedSummary": "embed_job",
     "ModelSpec": "types",
     "PackSummary": "packing",
+    "VerifySummary": "verification",
     "build_classifier": "zeroshot",
     "classify": "zeroshot",
     "classify_images": "zeroshot",
@@ -38,6 +40,7 @@ _HOMES = {
     "read_embeddings": "store",
     "read_rejects": "store",
     "read_samples": "shards",
+    "verify": "verification",
 }
 
 __all__ = [
@@ -46,6 +49,7 @@ __all__ = [
     "EmbedSummary",
     "ModelSpec",
     "PackSummary",
+    "VerifySummary",
     "__version__",
     "build_classifier",
     "classify",
@@ -58,6 +62,7 @@ __all__ = [
     "read_embeddings",
     "read_rejects",
     "read_samples",
+    "verify",
 ]
 
 

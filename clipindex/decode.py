@@ -5,7 +5,10 @@ then convert to RGB; EXIF orientation is not applied. Common JPEGs take a faster
 then PyTorch's antialiased uint8 resize: within 2/255 of the reference); everything else takes the reference itself.
 """
 
+import contextlib
+import importlib
 import io
+import threading
 from functools import lru_cache, partial
 from typing import Any
 
@@ -20,15 +23,24 @@ from clipindex.types import Preprocess, UInt8Array
 
 MAX_PIXELS = 178_956_970
 """Twice Pillow's warning level, where Pillow itself refuses: an image of half a gigabyte once decoded."""
+LARGE_PIXELS = 32 << 20
+"""Larger images are decoded one at a time, so that memory does not grow with the threads; 100 MB of pixels."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "AVIF", "HEIF", "PPM", "TGA", "ICO")
+"""What Pillow may take bytes for. Of its others, EPS runs Ghostscript on what it is given."""
 
 SCALED_OVER_TARGET = 2
 """What scaled decoding leaves for the resize to shrink: nearer to the target it costs detail."""
 
 _JUST_OVER_ONE = 1 + 1e-9  # the size of a resize by factor is rounded down
+_one_large = threading.RLock()
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_AVIF_BRANDS = (b"avif", b"avis")
 _FAST_COLORSPACES = ("YCbCr", "Gray", "GRAY")
 
 
-def decode_image(data: bytes, preprocess: Preprocess, out: UInt8Array, *, fast: bool = False) -> tuple[int, int]:
+def decode_image(
+    data: bytes, preprocess: Preprocess, out: UInt8Array, *, fast: bool = False, max_pixels: int = MAX_PIXELS
+) -> tuple[int, int]:
     """Decode one image into place.
 
     Args:
@@ -37,18 +49,31 @@ def decode_image(data: bytes, preprocess: Preprocess, out: UInt8Array, *, fast: 
         out: Written: uint8 RGB [H, W, 3], of the target size.
         fast: Let libjpeg-turbo decode large JPEGs at a half, a quarter or an eighth of their size, as long as they
             stay at least twice the target: mean deviation below 1/255 (benchmarks/decode.py).
+        max_pixels: Of the image, by its header, and of what it is resized to before the crop; at most `MAX_PIXELS`.
 
     Returns:
         Width and height of the source image in pixels.
 
     Raises:
-        SampleError: The bytes are no whole image, or one of more than `MAX_PIXELS`.
+        SampleError: The bytes are no whole image, or one of too many pixels, or there is no memory for it.
     """
+    try:
+        return _decode(data, preprocess, out, fast, max_pixels)
+    except MemoryError:
+        pass
+    try:
+        with _one_large:  # perhaps others were decoded that take much
+            return _decode(data, preprocess, out, fast, max_pixels)
+    except MemoryError:
+        raise SampleError("no memory to decode it; embed again with fewer --decode-threads") from None
+
+
+def _decode(data: bytes, preprocess: Preprocess, out: UInt8Array, fast: bool, max_pixels: int) -> tuple[int, int]:
     if data[:3] == b"\xff\xd8\xff" and preprocess.resize_mode != "longest" and _is_square(preprocess):
-        size = _decode_jpeg(data, preprocess, out, fast)
+        size = _decode_jpeg(data, preprocess, out, fast, max_pixels)
         if size is not None:
             return size
-    return decode_reference(data, preprocess, out)
+    return decode_reference(data, preprocess, out, max_pixels=max_pixels)
 
 
 def _is_square(preprocess: Preprocess) -> bool:
@@ -56,23 +81,31 @@ def _is_square(preprocess: Preprocess) -> bool:
     return preprocess.resize_mode == "squash" or preprocess.size[0] == preprocess.size[1]
 
 
-def _decode_jpeg(data: bytes, preprocess: Preprocess, out: UInt8Array, fast: bool) -> tuple[int, int] | None:
+def _decode_jpeg(
+    data: bytes, preprocess: Preprocess, out: UInt8Array, fast: bool, max_pixels: int
+) -> tuple[int, int] | None:
     """Decode a JPEG with libjpeg-turbo; None where it is not sound, for the reference to decide upon."""
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         if colorspace not in _FAST_COLORSPACES:
             return None
-        _check_pixels(width, height, preprocess)
+        _check_pixels(width, height, preprocess, max_pixels)
         factor = _scale_factor(height, width, preprocess) if fast else 1
-        pixels = simplejpeg.decode_jpeg(
-            data, colorspace="RGB", min_height=-(-height // factor), min_width=-(-width // factor)
-        )
-    except ValueError as error:
-        if isinstance(error, SampleError):
-            raise
+        with _room(width, height):
+            pixels = simplejpeg.decode_jpeg(
+                data, colorspace="RGB", min_height=-(-height // factor), min_width=-(-width // factor)
+            )
+            _resize(pixels, (height / factor, width / factor), (height, width), preprocess, out)
+    except SampleError:
+        raise
+    except Exception:  # whatever a parser met, PyTorch's own out-of-memory RuntimeError included
         return None
-    _resize(pixels, (height / factor, width / factor), (height, width), preprocess, out)
     return width, height
+
+
+def _room(width: int, height: int) -> contextlib.AbstractContextManager[object]:
+    """Held while an image is in memory: large ones come one at a time."""
+    return _one_large if width * height > LARGE_PIXELS else contextlib.nullcontext()
 
 
 def _scale_factor(height: int, width: int, preprocess: Preprocess) -> int:
@@ -120,18 +153,51 @@ def _shortest_side(height: int, width: int, size: int) -> tuple[int, int]:
     return size, int(size * width / height)
 
 
-def decode_reference(data: bytes, preprocess: Preprocess, out: UInt8Array) -> tuple[int, int]:
-    """As `decode_image`, always by open_clip's own transform."""
+def decode_reference(
+    data: bytes, preprocess: Preprocess, out: UInt8Array, *, max_pixels: int = MAX_PIXELS
+) -> tuple[int, int]:
+    """As `decode_image`, always by open_clip's own transform; lack of memory is raised as MemoryError."""
+    if _brand(data) in _HEIF_BRANDS:
+        _open_heif()
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_known_formats()) as image:
             width, height = image.size
-            _check_pixels(width, height, preprocess)
-            out[:] = np.asarray(_reference_transform(preprocess)(image))
+            _check_pixels(width, height, preprocess, max_pixels)
+            if image.format == "JPEG2000":
+                _check_whole_jpeg2000(data)
+            with _room(width, height):
+                out[:] = np.asarray(_reference_transform(preprocess)(image))
             return width, height
-    except SampleError:
+    except (SampleError, MemoryError):
         raise
-    except Exception as error:  # Pillow's plugins raise whatever their parsers met, MemoryError included
+    except Exception as error:  # Pillow's plugins raise whatever their parsers met
         raise SampleError(_reason(error, data)) from error
+
+
+def _check_whole_jpeg2000(data: bytes) -> None:
+    """OpenJPEG gives black for what is cut off. In coded data no marker occurs by chance (ISO/IEC 15444-1, annex B)."""
+    if data.rfind(b"\xff\xd9") < data.find(b"\xff\x4f\xff\x51"):
+        raise SampleError("truncated: the JPEG 2000 codestream has no end")
+
+
+def _brand(data: bytes) -> bytes:
+    """Of an ISO base media file (ISO/IEC 14496-12), the major brand; else nothing."""
+    return data[8:12] if data[4:8] == b"ftyp" else b""
+
+
+@lru_cache
+def _open_heif() -> None:
+    """Let Pillow open HEIF where pillow-heif is installed: when such an image comes, since few corpora have any."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+        _known_formats.cache_clear()
+
+
+@lru_cache
+def _known_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow has."""
+    Image.init()
+    return tuple(form for form in FORMATS if form in Image.OPEN)
 
 
 @lru_cache
@@ -150,19 +216,23 @@ def _reference_transform(preprocess: Preprocess) -> Any:  # noqa: ANN401 - torch
     return transform
 
 
-def _check_pixels(width: int, height: int, preprocess: Preprocess) -> None:
+def _check_pixels(width: int, height: int, preprocess: Preprocess, max_pixels: int) -> None:
     """Refuse what would not fit memory, before or after the resize: 1 x 20,000 pixels become 224 x 4,480,000."""
     if preprocess.resize_mode == "shortest":
         scaled_height, scaled_width = _shortest_side(height, width, max(preprocess.size))
     else:
         scaled_height, scaled_width = preprocess.size
-    if max(width * height, scaled_width * scaled_height) > MAX_PIXELS:
-        raise SampleError(f"{width} x {height} pixels, resized {scaled_width} x {scaled_height}: above {MAX_PIXELS}")
+    if max(width * height, scaled_width * scaled_height) > max_pixels:
+        raise SampleError(f"{width} x {height} pixels, resized {scaled_width} x {scaled_height}: above {max_pixels}")
 
 
 def _reason(error: Exception, data: bytes) -> str:
     if not data:
         return "empty"
     if isinstance(error, UnidentifiedImageError):
+        if _brand(data) in _HEIF_BRANDS and "HEIF" not in Image.OPEN:
+            return "a HEIF image, for which there is no decoder here; pip install 'clipindex[heif]'"
+        if _brand(data) in _AVIF_BRANDS and "AVIF" not in Image.OPEN:
+            return "an AVIF image, for which there is no decoder here; install Pillow 11.3 or newer"
         return f"no image that Pillow knows; begins with {data[:12]!r}"
     return f"{type(error).__name__}: {error}"

@@ -10,18 +10,20 @@ from pathlib import Path
 
 from clipindex.allocator import keep_freed_memory
 from clipindex.batch_size import fastest_batch_size
+from clipindex.decode import MAX_PIXELS
 from clipindex.encode import ImageTower, choose_devices, choose_precision
 from clipindex.errors import FingerprintError, UsageError
 from clipindex.fileio import atomic_write
 from clipindex.models import load_model
 from clipindex.pipeline import Progress, embed_shards
-from clipindex.shards import list_shards
+from clipindex.shards import MAX_BYTES, list_shards
 from clipindex.stages import StageTimes, stage_times
 from clipindex.store import DTYPES, Dataset, ShardRecord, open_dataset, published_shards
 from clipindex.types import ImageEncoder, ModelSpec, Shard
 from clipindex.version import CREATED_BY
 
 PREPROCESS = ("exact", "fast")
+ON_BROKEN_SHARD = ("fail", "salvage")
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +57,12 @@ class EmbedSummary:
     shards_embedded: int
     shards_changed: list[str]
     """URLs of tars that differ from what their published rows were made of, and were left so."""
+    shards_done_elsewhere: int
+    """By another run on the same directory, since this one began."""
     shards_failed: dict[str, str]
     """URL and why; these are not published."""
+    shards_salvaged: dict[str, str]
+    """URL and where it breaks; what came before that is published, and in the counts below."""
     samples: int
     """Of this run, as all counts below."""
     rows: int
@@ -86,6 +92,9 @@ def embed(
     batch_size: int | None = None,
     decode_threads: int | None = None,
     preprocess: str = "exact",
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+    on_broken_shard: str = "fail",
     device: str = "auto",
     precision: str = "auto",
     refresh: bool = False,
@@ -108,6 +117,10 @@ def embed(
         batch_size: Images at once; found by measuring, by default.
         decode_threads: One for each core by default.
         preprocess: 'exact', or 'fast': large JPEGs are decoded at a fraction of their size; see `decode.decode_image`.
+        max_pixels: Larger images are rejects, by their header.
+        max_bytes: Images of more encoded bytes are rejects, by the tar's header.
+        on_broken_shard: 'fail': a tar whose stream breaks is not published; 'salvage': what came before the break is,
+            with the break recorded.
         device: 'cpu', 'cuda', 'cuda:N', several with commas between, or 'auto': all CUDA devices, else the CPU.
         precision: 'auto', 'bf16', 'fp16' or 'fp32'.
         refresh: Embed changed tars again.
@@ -118,12 +131,12 @@ def embed(
         ClipindexError: Whatever is the caller's to mend; its kinds are in `errors`. A shard that breaks is no error:
             the others go on, and the summary names it.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
-    if preprocess not in PREPROCESS:
-        raise UsageError(f"preprocess {preprocess!r}: choose one of {', '.join(PREPROCESS)}")
-    if batch_size is not None and batch_size < 1:
-        raise UsageError(f"batch size {batch_size}: give at least 1")
+    _check_choice("dtype", dtype, DTYPES)
+    _check_choice("preprocess", preprocess, PREPROCESS)
+    _check_choice("on_broken_shard", on_broken_shard, ON_BROKEN_SHARD)
+    _check_range("batch_size", 1 if batch_size is None else batch_size, None)
+    _check_range("max_pixels", max_pixels, MAX_PIXELS)
+    _check_range("max_bytes", max_bytes, MAX_BYTES)
     devices = choose_devices(device)
     if devices[0].type == "cpu":
         keep_freed_memory()
@@ -139,6 +152,7 @@ def embed(
     size = batch_size or (_measured_batch_size(encoders[0]) if plan.todo else 0)
 
     records: list[ShardRecord] = []
+    done_elsewhere = 0
     failed: dict[str, str] = {}
     reject_stages: Counter[str] = Counter()
     stages = stage_times([])
@@ -157,10 +171,15 @@ def embed(
         batch_size=size,
         decode_threads=decode_threads,
         fast_decode=preprocess == "fast",
+        max_pixels=max_pixels,
+        max_bytes=max_bytes,
+        salvage=on_broken_shard == "salvage",
         on_progress=note_progress,
     ):
         if result.record is None:
             failed[result.shard.url] = str(result.error)
+        elif not result.is_ours:
+            done_elsewhere += 1
         else:
             records.append(result.record)
             reject_stages += result.reject_stages
@@ -177,7 +196,9 @@ def embed(
         shards_done_before=len(plan.done),
         shards_embedded=len(records),
         shards_changed=[shard.url for shard in plan.changed],
+        shards_done_elsewhere=done_elsewhere,
         shards_failed=failed,
+        shards_salvaged={record.url: record.broken for record in records if record.broken is not None},
         samples=samples,
         rows=sum(record.rows for record in records),
         rejects=sum(record.rejects for record in records),
@@ -189,6 +210,16 @@ def embed(
     with atomic_write(folder / "summary.json") as file:
         file.write(json.dumps(asdict(summary), indent=2).encode() + b"\n")
     return summary
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UsageError(f"{name} {value!r}: choose one of {', '.join(choices)}")
+
+
+def _check_range(name: str, value: int, most: int | None) -> None:
+    if value < 1 or (most is not None and value > most):
+        raise UsageError(f"{name} {value}: give at least 1" + (f" and at most {most}" if most is not None else ""))
 
 
 def _measured_batch_size(encoder: ImageEncoder) -> int:

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import socket
-import time
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -24,6 +24,8 @@ READ_BUFFER_BYTES = 1 << 20
 """One system call (or range request, times eight) for many tar members."""
 STALE_AFTER_S = 86_400
 """Age at which another host's temporary file is taken for the remains of a dead run."""
+STATE_BYTES = 1 << 20
+"""As much is read of what other runs left or hold."""
 
 # Each back end spells it its own way.
 _VERSION_FIELDS = "ETag etag blob_id Content-MD5 Digest LastModified last_modified Last-Modified mtime".split()
@@ -162,30 +164,29 @@ class AtomicFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = _temporary_beside(self.path)
-        _unfinished.add(self._temporary)
-        self.file: BinaryIO = _create_locked(self._temporary)
+        self.temporary = _temporary_beside(self.path, ".tmp")
+        _unfinished.add(self.temporary)
+        self.file = _create_locked(self.temporary)
 
     def commit(self) -> None:
         """Sync, rename into place, sync the folder; on any failure nothing is left behind."""
         try:
             self.file.flush()
             os.fsync(self.file.fileno())
+            os.replace(self.temporary, self.path)  # before its lock goes, lest it be taken for a dead run's
             self.file.close()
-            os.replace(self._temporary, self.path)
         except BaseException:
             self.abort()
             raise
-        _unfinished.discard(self._temporary)
+        _unfinished.discard(self.temporary)
         sync_folder(self.path.parent)
 
     def abort(self) -> None:
         """Drop what was written; safe to call twice."""
         with contextlib.suppress(OSError):  # a full disk fails the flush in close, and the bytes go anyway
             self.file.close()
-        self._temporary.unlink(missing_ok=True)
-        _unfinished.discard(self._temporary)
+        self.temporary.unlink(missing_ok=True)
+        _unfinished.discard(self.temporary)
 
 
 _unfinished: set[Path] = set()
@@ -218,26 +219,28 @@ def create_exclusive(path: Path, data: bytes) -> bool:
     """
     if path.exists():
         return False
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_beside(path)
+    atomic = AtomicFile(path)
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            raise
-        except OSError:
-            with open(path, "xb") as file:
-                file.write(data)
+        atomic.file.write(data)
+        atomic.file.flush()
+        os.fsync(atomic.file.fileno())
+        _link(atomic.temporary, path, data)
     except FileExistsError:
         return False
     finally:
-        temporary.unlink(missing_ok=True)
+        atomic.abort()
     sync_folder(path.parent)
     return True
+
+
+def _link(temporary: Path, path: Path, data: bytes) -> None:
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        with open(path, "xb") as file:
+            file.write(data)
 
 
 def sync_folder(folder: Path) -> None:
@@ -251,27 +254,72 @@ def sync_folder(folder: Path) -> None:
 
 def remove_stale_temporaries(folder: Path) -> int:
     """Remove temporary files of runs that are dead: this host's if nobody holds their lock, other hosts' by age."""
-    return sum(_remove_if_stale(path) for path in folder.glob(".*.tmp")) if folder.is_dir() else 0
+    return len(take_from_the_dead(folder, "*", ".tmp"))
 
 
-def _temporary_beside(path: Path) -> Path:
-    return path.parent / f".{path.name}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+def take_from_the_dead(folder: Path, name: str, suffix: str) -> list[bytes]:
+    """Remove what runs left that are dead, and return its first `STATE_BYTES` a file; `name` may be ``*``."""
+    found = []
+    for path in _temporaries(folder, name, suffix):
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            if _is_stale(path, file):
+                found.append(file.read(STATE_BYTES))
+                path.unlink()
+    return found
 
 
-def _remove_if_stale(path: Path) -> bool:
-    parts = path.name.split(".")  # …NAME, HOST, PID, TOKEN, tmp
+def read_from_the_living(folder: Path, name: str, suffix: str) -> Iterator[tuple[Path, bytes]]:
+    """The temporary files of that name whose runs live, this one's included: path, and its first `STATE_BYTES`."""
+    for path in _temporaries(folder, name, suffix):
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            if not _is_stale(path, file):
+                yield path, file.read(STATE_BYTES)
+
+
+def create_temporary(path: Path, suffix: str) -> tuple[Path, BinaryIO]:
+    """A new file whose name says beside which path, on which host and by which process; locked while it is open."""
+    temporary = _temporary_beside(path, suffix)
+    return temporary, _create_locked(temporary)
+
+
+@contextlib.contextmanager
+def exclusively(path: Path) -> Iterator[None]:
+    """Hold a file's lock; where the file system has none, nobody waits for anybody."""
+    with open(path, "rb") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _temporaries(folder: Path, name: str, suffix: str) -> list[Path]:
+    return list(folder.glob(f".{name}.*{suffix}")) if folder.is_dir() else []
+
+
+def _temporary_beside(path: Path, suffix: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.parent / f".{path.name}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}{suffix}"
+
+
+def _is_stale(path: Path, file: BinaryIO) -> bool:
+    parts = path.name.split(".")  # …NAME, HOST, PID, TOKEN, suffix
     if len(parts) < 6 or not parts[-3].isdecimal():
         return False
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        # Another host's lock may not show here.
-        if parts[-4] == _host() or time.time() - path.stat().st_mtime > STALE_AFTER_S:
-            path.unlink()
-            return True
-    return False
+    lock_tells = parts[-4] == _host()  # another host's may not show here
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        lock_tells = False
+    return lock_tells or _folder_time(path.parent) - path.stat().st_mtime > STALE_AFTER_S
+
+
+def _folder_time(folder: Path) -> float:
+    """Now, by the clock that stamps this folder's files: that of another machine, or one that jumps, proves nothing."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"?")
+        file.flush()
+        return os.fstat(file.fileno()).st_mtime
 
 
 def _create_locked(path: Path) -> BinaryIO:

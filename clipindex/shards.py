@@ -28,8 +28,14 @@ IMAGE_EXTENSIONS = tuple(
 """Looked up in this order; the first four, in theirs, are those of CLIP_benchmark's data sets."""
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 COUNT_FILE = "nshards.txt"
-MAX_MEMBER_BYTES = 256 << 20
-"""Largest member that is taken into memory; camera originals stay below a quarter of it."""
+MAX_BYTES = 256 << 20
+"""Largest sample that is taken into memory; camera originals stay below a quarter of it."""
+MAX_TEXT_BYTES = 16 << 20
+"""Largest caption or metadata."""
+MAX_NAME_CHARACTERS = 4096
+"""Longest name of a member, as long as the longest path of Linux: all keys of a shard are remembered."""
+MAX_SAMPLE_MEMBERS = 256
+"""More members of one key are a tar that was named wrongly."""
 
 _IMAGE_RANK = {extension: rank for rank, extension in enumerate(IMAGE_EXTENSIONS)}
 _TEXTS = {"cls", "txt", "json"}
@@ -62,20 +68,28 @@ def shard_name(url: str) -> str:
     return f"{readable[-80:].lstrip('.')}-{hashlib.sha256(url.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
 
 
-def read_samples(shard: Shard) -> Iterator[Sample | Reject]:
+def read_samples(shard: Shard, *, max_bytes: int = MAX_BYTES) -> Iterator[Sample | Reject]:
     """Stream a shard's samples, in tar order; memory holds one sample at a time, and the keys so far.
 
+    Args:
+        shard: The tar.
+        max_bytes: Samples with a larger image are rejects.
+
     Raises:
-        ShardError: The stream breaks; what came before is not the whole shard.
-        SourceError: The tar cannot be opened.
+        ShardError: The stream breaks; what came before is not the whole shard. The sample in hand was the last reject.
+        SourceError: The tar cannot be opened, or its file system fails.
     """
-    with open_source(shard.url) as file:
-        try:
+    try:
+        with open_source(shard.url) as file:
             compressed = file.peek(2)[:2] == b"\x1f\x8b"  # type: ignore[attr-defined]
             stream = cast("BinaryIO", gzip.open(file)) if compressed else file
-            yield from _group(read_members(stream, _wants), seekable=not compressed)
-        except (EOFError, OSError, zlib.error, ShardError) as error:
-            raise ShardError(f"{shard.url}: {error}") from error
+            yield from _group(_members(stream, max_bytes), not compressed, max_bytes)
+    except ShardError as error:
+        raise ShardError(f"{shard.url}: {error}") from error
+    except SourceError:
+        raise
+    except OSError as error:
+        raise SourceError(f"{shard.url}: {error.strerror or error}; run again once it can be read") from error
 
 
 def _describe(url: str) -> Shard:
@@ -168,9 +182,19 @@ def _split_name(name: str) -> tuple[str, str]:
     return (name, "") if dot < 0 else (name[:dot], name[dot + 1 :])
 
 
-def _wants(name: str, size: int) -> bool:
-    extension = _split_name(name)[1].lower()
-    return size <= MAX_MEMBER_BYTES and (extension in _TEXTS or _image_rank(extension) is not None)
+def _members(stream: BinaryIO, max_bytes: int) -> Iterator[Member]:
+    def wants(name: str, size: int) -> bool:
+        if len(name) > MAX_NAME_CHARACTERS:
+            return False
+        extension = _split_name(name)[1].lower()
+        if extension in _TEXTS:
+            return size <= MAX_TEXT_BYTES
+        return size <= max_bytes and _image_rank(extension) is not None
+
+    try:
+        yield from read_members(stream, wants)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ShardError(str(error)) from error
 
 
 @lru_cache(256)  # a corpus has a handful of extensions and asks for each of millions
@@ -182,42 +206,61 @@ def _image_rank(extension: str) -> int | None:
     return None if rank is None else rank + len(_IMAGE_RANK)
 
 
-def _group(members: Iterable[Member], *, seekable: bool) -> Iterator[Sample | Reject]:
+def _group(members: Iterable[Member], seekable: bool, max_bytes: int) -> Iterator[Sample | Reject]:
     seen: set[str] = set()
     group: list[tuple[str, Member]] = []
     current: str | None = None
-    for member in members:
-        if member.name.startswith("__") and _NOTE.match(member.name):
-            continue
-        key, extension = _split_name(member.name)
-        if key != current:
-            if current is not None:
-                yield _sample(current, group, seen, seekable)
-            current, group = key, []
-        group.append((extension.lower(), member))
+    held = 0
+    most = max_bytes + len(_TEXTS) * MAX_TEXT_BYTES
+    try:
+        for member in members:
+            if member.name.startswith("__") and _NOTE.match(member.name):
+                continue
+            key, extension = _split_name(member.name)
+            if key != current:
+                if current is not None:
+                    yield _sample(current, group, held, seen, seekable, max_bytes)
+                current, group, held = key, [], 0
+            if member.data is not None:
+                held += member.size
+            if held <= most and len(group) <= MAX_SAMPLE_MEMBERS:
+                group.append((extension.lower(), member))
+    except ShardError as error:
+        if current is not None:
+            reason = f"the tar breaks in or after this sample: {error}"
+            yield _tar_reject(current, group, reason, seekable)
+        raise
     if current is not None:
-        yield _sample(current, group, seen, seekable)
+        yield _sample(current, group, held, seen, seekable, max_bytes)
 
 
-def _sample(key: str, group: list[tuple[str, Member]], seen: set[str], seekable: bool) -> Sample | Reject:
-    """One row's worth of members, checked."""
+def _tar_reject(key: str, group: list[tuple[str, Member]], reason: str, seekable: bool) -> Reject:
     first = group[0][1]
     where = first.offset if seekable else None
+    key, name = key[:MAX_NAME_CHARACTERS], first.name[:MAX_NAME_CHARACTERS]
+    return Reject(key=key, member=name, stage="tar", reason=reason, tar_offset=where)
+
+
+def _sample(
+    key: str, group: list[tuple[str, Member]], held: int, seen: set[str], seekable: bool, max_bytes: int
+) -> Sample | Reject:
+    """One row's worth of members, checked."""
+    longest = max(len(member.name) for _, member in group)
+    if longest > MAX_NAME_CHARACTERS:
+        return _tar_reject(key, group, f"a name of {longest} characters, more than {MAX_NAME_CHARACTERS}", seekable)
     if key in seen:
         reason = f"key {key!r} came before in this tar, apart from these members: {_names(group)}"
-        return Reject(key=key, member=first.name, stage="tar", reason=reason, tar_offset=where)
+        return _tar_reject(key, group, reason, seekable)
     seen.add(key)
     fields = dict(group)
-    repeated = len(fields) != len(group)
     images = sorted([(rank, extension) for extension in fields if (rank := _image_rank(extension)) is not None])
-    if repeated or not images or _ambiguous(images):
-        what = "a member twice" if repeated else "several images" if images else "no image"
-        reason = f"{what} among the members: {_names(group)}"
-        return Reject(key=key, member=first.name, stage="tar", reason=reason, tar_offset=where)
+    what = _fault(group, held > max_bytes + len(_TEXTS) * MAX_TEXT_BYTES, images)
+    if what is not None:
+        return _tar_reject(key, group, f"{what} among the members: {_names(group)}", seekable)
     image = fields[images[0][1]]
     where = image.offset if seekable else None
     if image.data is None:
-        odd = f"{image.size} bytes, more than {MAX_MEMBER_BYTES}" if image.kind == "file" else f"a {image.kind}"
+        odd = f"{image.size} bytes, more than {max_bytes}" if image.kind == "file" else f"a {image.kind}"
         return Reject(key=key, member=image.name, stage="tar", reason=f"the image is {odd}", tar_offset=where)
     try:
         return Sample(
@@ -233,13 +276,26 @@ def _sample(key: str, group: list[tuple[str, Member]], seen: set[str], seekable:
         return Reject(key=key, member=image.name, stage="label", reason=str(error), tar_offset=where)
 
 
+def _fault(group: list[tuple[str, Member]], too_large: bool, images: list[tuple[int, str]]) -> str | None:
+    """Why members cannot be one sample; None where they can."""
+    if too_large:
+        return "more bytes than one image and its texts may have"
+    if len(group) > MAX_SAMPLE_MEMBERS:
+        return f"more than {MAX_SAMPLE_MEMBERS}"
+    if len({extension for extension, _ in group}) != len(group):
+        return "a member twice"
+    if not images:
+        return "no image"
+    return "several images" if _ambiguous(images) else None
+
+
 def _ambiguous(images: list[tuple[int, str]]) -> bool:
     """Whether the best-ranked image is a compound extension with a rival: left.jpg beside right.jpg."""
     return images[0][0] >= len(_IMAGE_RANK) and len(images) > 1
 
 
 def _names(group: list[tuple[str, Member]]) -> str:
-    names = [member.name for _, member in group[:4]]
+    names = [member.name[:200] for _, member in group[:4]]
     return ", ".join(names) + (f" and {len(group) - 4} more" if len(group) > 4 else "")
 
 

@@ -20,12 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clipindex.errors import FingerprintError, StoreError
-from clipindex.fileio import AtomicFile, create_exclusive, remove_stale_temporaries
+from clipindex.fileio import AtomicFile, create_exclusive, exclusively, remove_stale_temporaries
 from clipindex.types import Float32Array, ModelInfo, ModelSpec, Preprocess, Reject, Sample, Shard
 
 FORMAT_VERSION = 1
 ROW_GROUP_ROWS = 16_384
 """16 MiB of 512 float16: read back at 870k rows/s, where groups of 200k rows give 180k (page-faulting fresh memory)."""
+PENDING_BYTES = 64 << 20
+"""Rows are written out at this size as well: captions may be of any length."""
 DTYPES = ("float16", "float32")
 
 _FOOTER_KEY = b"clipindex"
@@ -64,6 +66,8 @@ class ShardRecord:
     device: str
     seconds: float
     """From the shard's first sample to its publication."""
+    broken: str | None = None
+    """Where and why the tar's stream breaks, of a shard whose samples before that were salvaged."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,6 +215,7 @@ class ShardWriter:
     """The two files of one shard while they are being written; `publish` or `abort` ends it."""
 
     def __init__(self, folder: Path, shard: Shard, dataset: Dataset) -> None:
+        self._folder = folder
         self._shard = shard
         self._dataset = dataset
         self._schema = embedding_schema(dataset.model.dim, dataset.dtype)
@@ -218,6 +223,7 @@ class ShardWriter:
         self._pending: list[pa.RecordBatch] = []
         self._rows = 0
         self._pending_rows = 0
+        self._pending_bytes = 0
         self._parquet = AtomicParquet(folder / "embeddings" / f"{shard.name}.parquet", self._schema, **_PARQUET_OPTIONS)
 
     def append(
@@ -244,16 +250,22 @@ class ShardWriter:
         ]
         self._pending.append(pa.RecordBatch.from_arrays(columns, schema=self._schema))
         self._pending_rows += len(samples)
+        self._pending_bytes += self._pending[-1].nbytes
         self._rows += len(samples)
-        if self._pending_rows >= ROW_GROUP_ROWS:
+        if self._pending_rows >= ROW_GROUP_ROWS or self._pending_bytes >= PENDING_BYTES:
             self._flush()
 
     def reject(self, reject: Reject) -> None:
         """Add a sample that is no row."""
         self._rejects.append(reject)
 
-    def publish(self, *, samples: int, precision: str, decoder: str, device: str, seconds: float) -> ShardRecord:
+    def publish(
+        self, *, samples: int, precision: str, decoder: str, device: str, seconds: float, broken: str | None = None
+    ) -> tuple[ShardRecord, bool]:
         """Check the law, then make the shard appear: rejects first, since the embeddings file says that all is done.
+
+        Returns:
+            The published record, and whether it is this one: where another run was first, its files stay.
 
         Raises:
             StoreError: rows + rejects are not the number of samples that were read.
@@ -275,13 +287,19 @@ class ShardWriter:
             decoder=decoder,
             device=device,
             seconds=round(seconds, 3),
+            broken=broken,
         )
         self._flush()
-        self._rejects.publish()
-        self._parquet.commit({_FOOTER_KEY: json.dumps(asdict(record))})
-        if not self._rejects.count:
-            self._rejects.path.unlink(missing_ok=True)
-        return record
+        with exclusively(self._folder / "dataset.json"):  # lest the rejects be one run's and the rows another's
+            earlier = published_record(self._folder, self._shard)
+            if earlier is not None:
+                self.abort()
+                return earlier, False
+            self._rejects.publish()
+            self._parquet.commit({_FOOTER_KEY: json.dumps(asdict(record))})
+            if not self._rejects.count:
+                self._rejects.path.unlink(missing_ok=True)
+        return record, True
 
     def abort(self) -> None:
         """Leave nothing behind."""
@@ -292,7 +310,7 @@ class ShardWriter:
         if self._pending:
             self._parquet.write(pa.Table.from_batches(self._pending))
         self._pending = []
-        self._pending_rows = 0
+        self._pending_rows = self._pending_bytes = 0
 
 
 _PARQUET_OPTIONS: dict[str, Any] = {
@@ -349,6 +367,19 @@ def published_shards(folder: str | Path) -> dict[str, ShardRecord]:
     paths = sorted((Path(folder) / "embeddings").glob("[!.]*.parquet"))
     with ThreadPoolExecutor(8) as pool:  # a footer is one small read; on a network file system, one round trip
         return {path.stem: record for path, record in zip(paths, pool.map(read_record, paths), strict=True)}
+
+
+def published_record(folder: Path, shard: Shard) -> ShardRecord | None:
+    """The record of a shard that is published, from the tar as it is now; None otherwise.
+
+    Raises:
+        StoreError: The file that should hold it is damaged.
+    """
+    path = folder / "embeddings" / f"{shard.name}.parquet"
+    if not path.exists():
+        return None
+    record = read_record(path)
+    return record if (record.size, record.version) == (shard.size, shard.version) else None
 
 
 def read_record(path: Path) -> ShardRecord:

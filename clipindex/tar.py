@@ -37,6 +37,7 @@ _KINDS = {
     b"6": "pipe",
     b"S": "sparse file",
 }
+_PAX_KEYS = (b"path", b"size", b"GNU.sparse", b"GNU.sparse.name")
 _WITHOUT_DATA = ("hard link", "symbolic link", "device", "directory", "pipe")
 
 
@@ -238,14 +239,17 @@ def _pax_records(payload: bytes, at: int) -> dict[str, str]:
         key, equals, value = payload[position + len(digits) + 1 : end - 1].partition(b"=")
         if not equals or end > len(payload) or payload[end - 1 : end] != b"\n":
             raise ShardError(f"damaged: pax record in the extended header at offset {at}")
-        records[key.decode("utf-8", "backslashreplace")] = value.decode("utf-8", "backslashreplace")
         position = end
+        if key.startswith(b"GNU.sparse.") and key != b"GNU.sparse.name":
+            key = b"GNU.sparse"  # that there are any is all that counts; of these an archive may hold millions
+        if key in _PAX_KEYS:
+            records[key.decode()] = value.decode("utf-8", "backslashreplace")
     return records
 
 
 def _apply(records: Mapping[str, str], name: str, size: int, kind: str, at: int) -> tuple[str, int, str]:
     """Name, stored size and kind of a member whose extended headers override its header."""
-    if any(key.startswith("GNU.sparse.") for key in records):
+    if "GNU.sparse" in records or "GNU.sparse.name" in records:
         kind = "sparse file"
     name = records.get("GNU.sparse.name") or records.get("path") or name
     if "size" in records:

@@ -210,6 +210,6 @@ def test_a_connection_that_drops_breaks_the_shard_and_not_the_job():
         threading.Thread(target=server.serve_forever, daemon=True).start()
         (shard,) = list_shards(f"http://127.0.0.1:{server.server_port}/0.tar?signature=1")
         assert "2026" in shard.version
-        with pytest.raises(ShardError, match=r"0\.tar"):
+        with pytest.raises(SourceError, match=r"0\.tar"):  # no break of the tar, which one would salvage
             list(read_samples(shard))
         server.shutdown()

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from clipindex.store import (
 from clipindex.types import Reject, Sample, Shard
 
 SHARD = Shard(url="/data/a.tar", name="data-a-00000000", size=9, version="mtime:1")
+REPLACED = dataclasses.replace(SHARD, version="mtime:2")
 
 
 def sample(at):
@@ -47,6 +49,33 @@ def write(folder, number, *, dtype="float16", shard=SHARD, rejects=(), encoder=N
         writer.reject(reject)
     writer.publish(samples=number + len(rejects), precision="fp32", decoder="exact", device="cpu", seconds=1.0)
     return vectors
+
+
+def test_the_first_run_to_publish_a_shard_wins_and_the_second_leaves_nothing(tmp_path):
+    dataset = open_dataset(tmp_path, PixelEncoder().info, "float16", "test")
+    writers = [ShardWriter(tmp_path, SHARD, dataset) for _ in range(2)]
+    for number, writer in enumerate(writers, 1):
+        for at in range(number):
+            writer.reject(dataclasses.replace(REJECT, key=f"k{at}"))
+    common = {"precision": "fp32", "decoder": "exact", "device": "cpu", "seconds": 1.0}
+    first, is_ours = writers[0].publish(samples=1, **common)
+    assert is_ours
+    assert writers[1].publish(samples=2, **common) == (first, False)
+    assert read_rejects(tmp_path, SHARD.name)["key"].to_pylist() == ["k0"]
+    assert published_shards(tmp_path) == {SHARD.name: first}
+    assert not list(tmp_path.rglob(".*.tmp"))
+
+
+@pytest.mark.parametrize(("host", "age_s", "kept"), [("elsewhere", 3600, True), ("elsewhere", 100_000, False)])
+def test_another_hosts_temporaries_go_by_age_on_the_file_systems_own_clock(tmp_path, monkeypatch, host, age_s, kept):
+    open_dataset(tmp_path, PixelEncoder().info, "float16", "test")
+    (tmp_path / "embeddings").mkdir()
+    path = tmp_path / "embeddings" / f".x.parquet.{host}.1234.abcd.tmp"
+    path.write_bytes(b"half")
+    os.utime(path, (time.time() - age_s,) * 2)
+    monkeypatch.setattr(time, "time", lambda: 4e9)  # this machine's clock has jumped
+    open_dataset(tmp_path, PixelEncoder().info, "float16", "test")
+    assert path.exists() is kept
 
 
 REJECT = Reject(key="bad", member="bad.jpg", stage="decode", reason="empty", tar_offset=77)
@@ -94,7 +123,7 @@ def test_the_law_is_checked_before_a_shard_appears(tmp_path):
 
 def test_a_refreshed_shard_without_rejects_leaves_no_old_ones(tmp_path):
     write(tmp_path, 3, rejects=[REJECT])
-    write(tmp_path, 4)
+    write(tmp_path, 4, shard=REPLACED)
     assert published_shards(tmp_path)[SHARD.name].rejects == 0
     assert read_rejects(tmp_path, SHARD.name).num_rows == 0
 
@@ -234,7 +263,7 @@ def test_reading_never_makes_an_object_of_each_number(tmp_path):
 def test_rejects_that_a_crash_left_behind_do_not_count(tmp_path):
     write(tmp_path, 3, rejects=[REJECT])
     old = (tmp_path / "rejects" / f"{SHARD.name}.parquet").read_bytes()
-    write(tmp_path, 4)
+    write(tmp_path, 4, shard=REPLACED)
     (tmp_path / "rejects" / f"{SHARD.name}.parquet").write_bytes(old)  # killed before it was removed
     assert read_rejects(tmp_path, SHARD.name).num_rows == 0
     write(tmp_path, 4, rejects=[REJECT, REJECT])

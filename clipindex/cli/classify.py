@@ -89,7 +89,10 @@ def classify(
     return status
 
 
-_EMBEDDING_ONLY = ("dtype", "batch_size", "decode_threads", "preprocess", "refresh", "max_reject_rate")
+_EMBEDDING_ONLY = (
+    *("dtype", "batch_size", "decode_threads", "preprocess", "max_pixels", "max_bytes", "on_broken_shard"),
+    *("refresh", "max_reject_rate"),
+)
 
 
 def _find_classes(data_set: Path | None, classes: Path | None, templates: str | None) -> tuple[Path, str]:

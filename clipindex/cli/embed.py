@@ -51,6 +51,8 @@ def embed_status(summary: "EmbedSummary", max_reject_rate: float) -> int:
     """The exit status of a run, after saying what did not go well."""
     for url, why in summary.shards_failed.items():
         click.echo(f"failed: {why}" if url in why else f"failed: {url}: {why}", err=True)
+    for url, why in summary.shards_salvaged.items():
+        click.echo(f"salvaged: {why}" if url in why else f"salvaged: {url}: {why}", err=True)
     for url in summary.shards_changed:
         click.echo(f"changed: {url} differs from what its rows were made of; --refresh embeds it again", err=True)
     if summary.shards_failed:
@@ -100,6 +102,8 @@ def embed_lines(summary: "EmbedSummary") -> list[str]:
         f"{summary.shards_embedded:,} shards embedded, {summary.shards_done_before:,} done before,"
         f" {len(summary.shards_failed):,} failed, {len(summary.shards_changed):,} changed since -> {summary.out}",
     ]
+    if summary.shards_done_elsewhere:
+        lines.append(f"{summary.shards_done_elsewhere:,} shards were done by another run meanwhile")
     if stages:
         lines.append(f"rejects: {stages}; why: {summary.out}/rejects")
     if summary.samples:

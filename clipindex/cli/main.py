@@ -1,5 +1,6 @@
 """The program: its commands, its exit status, what signals do to it."""
 
+import contextlib
 import logging
 import signal
 import sys
@@ -9,7 +10,7 @@ from typing import Any
 
 import click
 
-from clipindex.cli import bench, classify, demo, embed, pack
+from clipindex.cli import bench, classify, demo, embed, pack, verify
 from clipindex.errors import ClipindexError, UsageError
 from clipindex.version import __version__
 
@@ -22,7 +23,9 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command; its exit status."""
     _set_up_logging()
-    _stop_on_sigterm()
+    _stop_on(signal.SIGTERM)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
+        _stop_on(signal.SIGHUP)
     try:
         return commands.main(list(arguments), prog_name="clipindex", standalone_mode=False) or 0
     except click.ClickException as error:
@@ -40,21 +43,25 @@ def run(arguments: Sequence[str]) -> int:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted: published shards are kept; run again to go on", err=True)
         return 128 + signal.SIGINT
-    except _Terminated:
-        click.echo("terminated: published shards are kept; run again to go on", err=True)
-        return 128 + signal.SIGTERM
+    except _Terminated as terminated:
+        with contextlib.suppress(OSError):  # the terminal may be what has gone
+            click.echo("terminated: published shards are kept; run again to go on", err=True)
+        return 128 + terminated.number
 
 
 class _Terminated(BaseException):
-    """SIGTERM, travelling up the stack like KeyboardInterrupt so that everything is closed on its way."""
+    """SIGTERM or SIGHUP, travelling up the stack like KeyboardInterrupt so that everything is closed on its way."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
-def _stop_on_sigterm() -> None:
+def _stop_on(number: signal.Signals) -> None:
     def stop(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends at once
-        raise _Terminated
+        signal.signal(number, signal.SIG_DFL)  # a second one ends at once
+        raise _Terminated(number)
 
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(number, stop)
 
 
 class _CurrentStderr(logging.StreamHandler):  # type: ignore[type-arg]
@@ -92,5 +99,5 @@ def commands() -> None:
     """
 
 
-for command in (pack.pack, embed.embed, classify.classify, demo.demo, bench.bench):
+for command in (pack.pack, embed.embed, verify.verify, classify.classify, demo.demo, bench.bench):
     commands.add_command(command)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from clipindex.errors import ClassesError, SourceError, UsageError
 from clipindex.packing.cifar import png_images, read_cifar
-from clipindex.shards import IMAGE_EXTENSIONS, MAX_MEMBER_BYTES
+from clipindex.shards import IMAGE_EXTENSIONS, MAX_BYTES
 
 SPLIT_NAMES = frozenset("train training val valid validation dev test testing".split())
 """Subfolders that are splits of a data set rather than classes, if all of them are called so."""
@@ -133,8 +133,8 @@ def load_image(path: Path, name: str, label: int | None, caption: str | None) ->
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             return reject(name, "not a regular file")
-        if not 0 < status.st_size <= MAX_MEMBER_BYTES:
-            return reject(name, f"{status.st_size} bytes; an image has 1 to {MAX_MEMBER_BYTES}")
+        if not 0 < status.st_size <= MAX_BYTES:
+            return reject(name, f"{status.st_size} bytes; an image has 1 to {MAX_BYTES}")
         image = path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         return reject(name, getattr(error, "strerror", None) or str(error))

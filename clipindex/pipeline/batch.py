@@ -11,6 +11,8 @@ from clipindex.types import Float32Array, Reject, Sample, Shard, UInt8Array
 
 EVENTS_PER_SLOT = 4
 """A batch is sent on when it has this many events a slot, so that a tar full of rejects cannot fill memory."""
+BATCH_BYTES = 256 << 20
+"""And when its encoded images and texts have this size; a thousand ordinary images have a quarter of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +25,15 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class ShardEnd:
-    """A shard's stream is over: `samples` came, and where it broke, `error`."""
+    """A shard's stream is over."""
 
     shard: Shard
     samples: int
+    """That came."""
     error: str | None
+    """Why it cannot be published."""
+    broken: str | None
+    """Where its stream breaks, if what came before is to be published."""
 
 
 Event = Shard | Slot | Reject | ShardEnd
@@ -45,10 +51,21 @@ class Batch:
     decoding: list["Future[tuple[list[Outcome], float]]"] = field(default_factory=list)
     """In slot order; each gives the outcomes of its slots, and the seconds that they took to compute."""
     used: int = 0
+    num_bytes: int = 0
+
+    def lay(self, sample: Sample) -> None:
+        """Give a sample the next slot."""
+        self.events.append(Slot(sample, self.used))
+        self.used += 1
+        self.num_bytes += len(sample.image) + len(sample.caption or "") + len(sample.meta or "")
 
     def is_full(self) -> bool:
         """Whether it is to be sent on."""
-        return self.used == len(self.images) or len(self.events) >= EVENTS_PER_SLOT * len(self.images)
+        return (
+            self.used == len(self.images)
+            or len(self.events) >= EVENTS_PER_SLOT * len(self.images)
+            or self.num_bytes >= BATCH_BYTES
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,20 +8,29 @@ from concurrent.futures import ThreadPoolExecutor
 
 from clipindex.errors import SampleError, ShardError, SourceError
 from clipindex.fileio import stat_source
-from clipindex.pipeline.batch import Batch, Outcome, ShardEnd, Slot, sample_reject
+from clipindex.pipeline.batch import Batch, Outcome, ShardEnd, sample_reject
+from clipindex.pipeline.in_hand import InHand
 from clipindex.shards import read_samples
 from clipindex.stages import StageClock
 from clipindex.types import Reject, Sample, Shard, UInt8Array
 
-Decode = Callable[[bytes, UInt8Array], tuple[int, int]]
-"""Writes an encoded image's pixels [H, W, 3] and returns its own width and height; raises SampleError."""
+Decode = Callable[[bytes, UInt8Array, bool], tuple[int, int]]
+"""Writes an encoded image's pixels [H, W, 3] and returns its own width and height; raises SampleError. The last
+argument says that the image is a suspect, to be decoded in a process of its own."""
 
 DECODE_CHUNK = 8
 """Images a decode task: about 10 ms of work, against 50 microseconds that a task costs under the GIL."""
 
 
 def lay_batches(
-    shards: Iterable[Shard], decode: Decode, buffers: Sequence[UInt8Array], pool: ThreadPoolExecutor
+    shards: Iterable[Shard],
+    decode: Decode,
+    buffers: Sequence[UInt8Array],
+    pool: ThreadPoolExecutor,
+    in_hand: InHand,
+    *,
+    max_bytes: int,
+    salvage: bool,
 ) -> Iterator[Batch]:
     """Lay samples into batches, which take the buffers by turns, and start their decoding.
 
@@ -29,23 +38,25 @@ def lay_batches(
     """
     turns = itertools.cycle(buffers)
     batch = Batch(next(turns))
-    chunk: list[Sample] = []
+    chunk: list[tuple[str, Sample]] = []
+    shard_name = ""
 
     def decode_chunk() -> None:
         if chunk:
-            first = batch.used - len(chunk)
-            batch.decoding.append(pool.submit(_decode, tuple(chunk), decode, batch.images[first : batch.used]))
+            pixels = batch.images[batch.used - len(chunk) : batch.used]
+            batch.decoding.append(pool.submit(_decode, tuple(chunk), decode, in_hand, pixels))
             chunk.clear()
 
-    for event in _events(shards):
+    for event in _events(shards, max_bytes, salvage):
         if isinstance(event, Sample):
-            batch.events.append(Slot(event, batch.used))
-            batch.used += 1
-            chunk.append(event)
+            batch.lay(event)
+            chunk.append((shard_name, event))
             if len(chunk) == DECODE_CHUNK:
                 decode_chunk()
         else:
             batch.events.append(event)
+            if isinstance(event, Shard):
+                shard_name = event.name
         if batch.is_full():
             decode_chunk()
             yield batch
@@ -66,27 +77,40 @@ def decoded(batches: Generator[Batch, None, None], clock: StageClock) -> Iterato
             yield batch, outcomes
 
 
-def _events(shards: Iterable[Shard]) -> Iterator[Shard | Sample | Reject | ShardEnd]:
+def _events(shards: Iterable[Shard], max_bytes: int, salvage: bool) -> Iterator[Shard | Sample | Reject | ShardEnd]:
     for shard in shards:
         yield shard
-        samples, error = 0, None
+        samples, error, broken = 0, None, None
         try:
-            for item in read_samples(shard):
+            for item in read_samples(shard, max_bytes=max_bytes):
                 samples += 1
                 yield item
-            if stat_source(shard.url) != (shard.size, shard.version):
-                error = f"{shard.url}: changed while it was read; run again"
-        except (ShardError, SourceError) as raised:
+        except ShardError as raised:
+            broken = str(raised)
+        except SourceError as raised:
             error = str(raised)
-        yield ShardEnd(shard, samples, error)
+        yield ShardEnd(shard, samples, error or _changed(shard) or (None if salvage else broken), broken)
 
 
-def _decode(samples: Sequence[Sample], decode: Decode, out: UInt8Array) -> tuple[list[Outcome], float]:
+def _changed(shard: Shard) -> str | None:
+    try:
+        if stat_source(shard.url) == (shard.size, shard.version):
+            return None
+    except SourceError as error:
+        return str(error)
+    return f"{shard.url}: changed while it was read; run again"
+
+
+def _decode(
+    samples: Sequence[tuple[str, Sample]], decode: Decode, in_hand: InHand, out: UInt8Array
+) -> tuple[list[Outcome], float]:
+    """Decode samples, each beside its shard's name."""
     started = time.thread_time()
     outcomes: list[Outcome] = []
-    for sample, pixels in zip(samples, out, strict=True):
-        try:
-            outcomes.append(decode(sample.image, pixels))
-        except (SampleError, MemoryError) as error:
-            outcomes.append(sample_reject(sample, "decode", str(error) or "no memory to decode it"))
+    with in_hand.decoding() as hold:
+        for (shard_name, sample), pixels in zip(samples, out, strict=True):
+            try:
+                outcomes.append(decode(sample.image, pixels, hold(shard_name, sample.key)))
+            except SampleError as error:
+                outcomes.append(sample_reject(sample, "decode", str(error)))
     return outcomes, time.thread_time() - started

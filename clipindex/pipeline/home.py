@@ -22,9 +22,12 @@ class ShardResult:
 
     shard: Shard
     record: ShardRecord | None
+    """Of what is published."""
     error: str | None
     reject_stages: Counter[str]
     """Rejects by stage; each one's reason is in the rejects file."""
+    is_ours: bool = True
+    """Published by this run, not by another one meanwhile."""
 
 
 class Counts(NamedTuple):
@@ -127,14 +130,15 @@ class Home:
             writer.abort()
             return ShardResult(shard=end.shard, record=None, error=end.error, reject_stages=self._stages)
         try:
-            record = writer.publish(
+            record, is_ours = writer.publish(
                 samples=end.samples,
                 precision=self._encoder.precision,
                 decoder=self._decoder,
                 device=self._encoder.device,
                 seconds=time.perf_counter() - self._started,
+                broken=end.broken,
             )
         except BaseException:
             writer.abort()
             raise
-        return ShardResult(shard=end.shard, record=record, error=None, reject_stages=self._stages)
+        return ShardResult(shard=end.shard, record=record, error=None, reject_stages=self._stages, is_ours=is_ours)

@@ -11,7 +11,7 @@ share the work by the shard: each takes the next one when it is free.
 
 import contextlib
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,12 +19,15 @@ from pathlib import Path
 
 import numpy as np
 
-from clipindex.decode import decode_image
+from clipindex.decode import MAX_PIXELS, decode_image
+from clipindex.pipeline.alone import decode_alone
 from clipindex.pipeline.batch import Batch, EncodedBatch
 from clipindex.pipeline.feed import Decode, decoded, lay_batches
 from clipindex.pipeline.home import Counts, Home, ShardResult
+from clipindex.pipeline.in_hand import InHand
+from clipindex.shards import MAX_BYTES
 from clipindex.stages import StageClock, StageTimes, stage_times
-from clipindex.store import Dataset
+from clipindex.store import Dataset, published_record
 from clipindex.threads import merge, num_cores, prefetch
 from clipindex.types import Float32Array, ImageEncoder, Shard, UInt8Array
 
@@ -53,6 +56,9 @@ def embed_shards(
     batch_size: int,
     decode_threads: int | None = None,
     fast_decode: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+    salvage: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Generator[ShardResult, None, None]:
     """Embed shards, publishing each when its last sample has come home.
@@ -65,11 +71,15 @@ def embed_shards(
         batch_size: Images a call of an encoder.
         decode_threads: Of all devices together; one for each core by default.
         fast_decode: As in `decode.decode_image`.
+        max_pixels: As in `decode.decode_image`.
+        max_bytes: As in `shards.read_samples`.
+        salvage: Publish what came before the break of a broken tar, with the break recorded.
         on_progress: Called after each batch, by one thread at a time.
 
     Yields:
         One result a shard, as they are done. A shard whose stream breaks is not published, and the next one is taken
-        up. Closing the generator drops the shards in hand and publishes nothing half.
+        up. What another run has in hand is put off to the end, and what it has published by then is left to it.
+        Closing the generator drops the shards in hand and publishes nothing half.
 
     Raises:
         StoreError: A shard cannot be written; what was published stays.
@@ -79,43 +89,77 @@ def embed_shards(
     clocks = [StageClock(threads) for _ in encoders]
     counts = [Counts()] * len(encoders)
     lock = threading.Lock()
+    in_hand = InHand(folder, len(encoders), threads * len(encoders))
+    elsewhere: deque[ShardResult] = deque()
 
     def pipeline(at: int, encoder: ImageEncoder) -> Generator[ShardResult, None, None]:
-        home = Home(folder, dataset, encoder, "fast" if fast_decode else "exact")
+        def decode(data: bytes, out: UInt8Array, is_suspect: bool) -> tuple[int, int]:
+            how = decode_alone if is_suspect else decode_image
+            return how(data, encoder.info.preprocess, out, fast=fast_decode, max_pixels=max_pixels)
 
-        with contextlib.closing(
-            _embed_on(encoder, _taken(waiting), fast_decode, home, batch_size, clocks[at])
-        ) as batches:
+        def laid(stage: Decode, buffers: Sequence[UInt8Array], pool: ThreadPoolExecutor) -> Iterator[Batch]:
+            mine = _taken(waiting, folder, in_hand, at, elsewhere)
+            return lay_batches(mine, stage, buffers, pool, in_hand, max_bytes=max_bytes, salvage=salvage)
+
+        home = Home(folder, dataset, encoder, "fast" if fast_decode else "exact")
+        with contextlib.closing(_embed_on(encoder, laid, decode, home, batch_size, clocks[at])) as batches:
             for finished in batches:
                 yield from finished
                 with lock:
                     counts[at] = home.counts()
                     total = Counts(*map(sum, zip(*counts, strict=True)))
                     on_progress(Progress(counts=total, stages=stage_times(clocks)))
+                while elsewhere:
+                    yield elsewhere.popleft()
 
     pipelines = [pipeline(at, encoder) for at, encoder in enumerate(encoders)]
-    yield from pipelines[0] if len(pipelines) == 1 else merge(pipelines, 1)
+    finished = False
+    try:
+        yield from pipelines[0] if len(pipelines) == 1 else merge(pipelines, 1)
+        finished = True
+    finally:
+        in_hand.close(finished=finished)
 
 
-def _taken(waiting: deque[Shard]) -> Iterator[Shard]:
-    """Whatever is next when a pipeline asks; taking from a deque is atomic."""
+def _taken(
+    waiting: deque[Shard], folder: Path, in_hand: InHand, pipeline: int, elsewhere: deque[ShardResult]
+) -> Iterator[Shard]:
+    """Whatever is next when a pipeline asks; taking from a deque is atomic.
+
+    A shard in another run's hands is put off once. If it is still not published by then, it is done here too: nothing
+    waits for a run that hangs.
+    """
+    put_off: set[str] = set()
     with contextlib.suppress(IndexError):
         while True:
-            yield waiting.popleft()
+            shard = waiting.popleft()
+            record = published_record(folder, shard)
+            if record is not None:
+                elsewhere.append(
+                    ShardResult(shard=shard, record=record, error=None, reject_stages=Counter(), is_ours=False)
+                )
+            elif shard.name not in put_off and in_hand.is_in_other_hands(shard):
+                put_off.add(shard.name)
+                waiting.append(shard)
+            else:
+                in_hand.take_shard(pipeline, shard)
+                yield shard
 
 
 def _embed_on(
-    encoder: ImageEncoder, shards: Iterable[Shard], fast_decode: bool, home: Home, batch_size: int, clock: StageClock
+    encoder: ImageEncoder,
+    laid: Callable[[Decode, Sequence[UInt8Array], ThreadPoolExecutor], Iterator[Batch]],
+    decode: Decode,
+    home: Home,
+    batch_size: int,
+    clock: StageClock,
 ) -> Generator[list[ShardResult], None, None]:
-    def decode(data: bytes, out: UInt8Array) -> tuple[int, int]:
-        return decode_image(data, encoder.info.preprocess, out, fast=fast_decode)
-
     stages = _taking_turns(decode, encoder.encode) if encoder.device == "cpu" else (decode, encoder.encode)
     with ThreadPoolExecutor(clock.decode_threads, thread_name_prefix="decode") as pool:
         # In flight at once: those ahead, one being laid, one waiting for the queue, one in the encoder.
         buffers = [encoder.new_batch(batch_size) for _ in range(BATCHES_AHEAD + 3)]
-        laid = clock.timed("read", lay_batches(shards, stages[0], buffers, pool))
-        encoded = prefetch(_encode(prefetch(laid, BATCHES_AHEAD), stages[1], encoder.info.dim, clock), 1)
+        batches = clock.timed("read", laid(stages[0], buffers, pool))
+        encoded = prefetch(_encode(prefetch(batches, BATCHES_AHEAD), stages[1], encoder.info.dim, clock), 1)
         try:
             yield from home.receive(encoded, clock)
         finally:
@@ -132,9 +176,9 @@ def _taking_turns(decode: Decode, encode: Encode) -> tuple[Decode, Encode]:
     free = threading.Event()
     free.set()
 
-    def decode_in_turn(data: bytes, out: UInt8Array) -> tuple[int, int]:
+    def decode_in_turn(data: bytes, out: UInt8Array, is_suspect: bool) -> tuple[int, int]:
         free.wait()
-        return decode(data, out)
+        return decode(data, out, is_suspect)
 
     def encode_in_turn(images: UInt8Array) -> tuple[Float32Array, Float32Array]:
         free.clear()

@@ -1,0 +1,317 @@
+"""Whether an embedding directory is what it says it is: its files, the law, and on wish the tars it was made of."""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from clipindex.decode import decode_image
+from clipindex.encode import ImageTower, choose_devices, choose_precision
+from clipindex.errors import SampleError, ShardError, SourceError, StoreError
+from clipindex.fileio import read_range, stat_source
+from clipindex.models import load_model
+from clipindex.shards import read_samples, shard_name
+from clipindex.store import (
+    Dataset,
+    EmbeddingBatch,
+    ShardRecord,
+    check_fingerprint,
+    read_dataset,
+    read_embeddings,
+    read_record,
+    read_rejects,
+)
+from clipindex.types import ImageEncoder, ModelSpec, Reject, Sample, Shard, UInt8Array
+
+UNIT_TOLERANCE = 1e-3
+"""Of an embedding's length; rounding to float16 moves it by less."""
+LEAST_COSINE = 0.999
+"""Of an embedding made anew with the stored one; precisions and devices differ by a tenth of what is left."""
+SAMPLE = 256
+
+_EMBED_AGAIN = "delete it and run embed again"
+_REFRESH = "run embed with --refresh"
+_COLUMNS = ("key", "norm", "label", "caption", "meta", "width", "height", "tar_offset", "tar_size")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fault:
+    """Something that is not as it should be."""
+
+    path: str
+    """File or URL."""
+    what: str
+    remedy: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifySummary:
+    """What was checked, and what was found."""
+
+    out: str
+    model: str
+    fingerprint: str
+    shards: int
+    samples: int
+    rows: int
+    rejects: int
+    deep: bool
+    embedded_again: int
+    """Rows drawn at random whose images were cut out of their tars and embedded anew."""
+    least_cosine: float | None
+    """Of those with what is stored."""
+    faults: list[Fault]
+    notes: list[str]
+    """What is no fault but might puzzle."""
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Drawn:
+    """Rows of a shard that are to be embedded anew, by row number, and their pixels once they are read."""
+
+    rows: set[int]
+    stored: list[np.ndarray[Any, Any]] = field(default_factory=list)
+    pixels: list[UInt8Array] = field(default_factory=list)
+
+
+def verify(
+    folder: str | Path,
+    *,
+    deep: bool = False,
+    sample: int = SAMPLE,
+    model: ModelSpec | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    on_progress: Callable[[int, int], None] = lambda rows, total: None,
+) -> VerifySummary:
+    """Check an embedding directory.
+
+    Every file is read: records, schema, fingerprint, unit norms, the order of rows, keys, and that rows and rejects add
+    up to samples.
+
+    Args:
+        folder: The embedding directory.
+        deep: Read the tars again as well: each sample must be at its place as a row or a reject, with its label,
+            texts and offset; and `sample` rows are embedded anew.
+        sample: Rows, drawn at random over all shards.
+        model: How to load the model, where the directory's record does not lead to its weights on this machine.
+        device: Where to embed.
+        precision: In which.
+        on_progress: Called with rows checked, of how many.
+
+    Raises:
+        StoreError: The folder is no embedding directory.
+        ClipindexError: The model for `deep` cannot be loaded or is another one. Faults are returned, not raised.
+    """
+    started = time.perf_counter()
+    folder = Path(folder)
+    dataset = read_dataset(folder)
+    encoder = _encoder(folder, dataset, model, device, precision) if deep and sample else None
+    faults: list[Fault] = []
+    records: list[ShardRecord] = []
+    for path in sorted((folder / "embeddings").glob("[!.]*.parquet")):
+        try:
+            records.append(read_record(path))
+        except StoreError as error:
+            faults.append(Fault(path=str(path), what=str(error), remedy=_EMBED_AGAIN))
+    total = sum(record.rows for record in records)
+    drawn = sorted(random.Random(0).sample(range(total), min(sample, total))) if encoder else []
+    cosines: list[float] = []
+    checked = 0
+    for record in records:
+        mine = _Drawn({at - checked for at in drawn if checked <= at < checked + record.rows})
+        faults += _check_shard(folder, dataset, record)
+        if deep:
+            faults += _check_tar(folder, record, dataset, mine)
+            if encoder is not None and mine.pixels:
+                found = _cosines(encoder, mine)
+                cosines += found
+                faults += _unlike(folder, record, found)
+        checked += record.rows
+        on_progress(checked, total)
+    return VerifySummary(
+        out=str(folder),
+        model=dataset.model.spec.name,
+        fingerprint=dataset.model.fingerprint,
+        shards=len(records),
+        samples=sum(record.samples for record in records),
+        rows=total,
+        rejects=sum(record.rejects for record in records),
+        deep=deep,
+        embedded_again=len(cosines),
+        least_cosine=min(cosines, default=None),
+        faults=faults,
+        notes=_notes(folder, records),
+        seconds=round(time.perf_counter() - started, 3),
+    )
+
+
+def _encoder(folder: Path, dataset: Dataset, model: ModelSpec | None, device: str, precision: str) -> ImageTower:
+    loaded = load_model(model or dataset.model.spec)
+    check_fingerprint(folder, dataset.model, loaded.info)
+    chosen = choose_devices(device)[0]
+    return ImageTower(loaded, device=chosen, precision=choose_precision(precision, chosen))
+
+
+def _check_shard(folder: Path, dataset: Dataset, record: ShardRecord) -> Iterator[Fault]:
+    """What the shard's own two files tell."""
+    path = str(folder / "embeddings" / f"{record.name}.parquet")
+
+    def fault(what: str) -> Fault:
+        return Fault(path=path, what=what, remedy=_EMBED_AGAIN)
+
+    if record.name != shard_name(record.url):
+        yield fault(f"it is not named for its tar, {record.url}")
+    keys: set[str] = set()
+    last_offset, rows = -1, 0
+    try:
+        rejects = read_rejects(folder, record.name)
+        for batch in read_embeddings(folder, _COLUMNS, [record.name]):
+            yield from map(fault, _bad_vectors(batch))
+            found = batch.columns["key"].to_pylist()
+            keys.update(found)
+            rows += len(found)
+            offsets = batch.columns["tar_offset"].drop_null().to_numpy()
+            if np.any(np.diff(offsets, prepend=last_offset) <= 0):
+                yield fault(f"rows from {batch.first_row} on are not in the order of their tar")
+            last_offset = offsets[-1] if len(offsets) else last_offset
+    except StoreError as error:
+        yield fault(str(error))
+        return
+    if len(keys) != rows:
+        yield fault(f"{rows - len(keys)} keys come twice")
+    # A key that came twice in the tar is a row once, and a reject of the tar stage after that.
+    both = [r["key"] for r in rejects.to_pylist() if r["stage"] != "tar" and r["key"] in keys]
+    if both:
+        yield fault(f"key {both[0]!r} is a row and a reject at once")
+
+
+def _bad_vectors(batch: EmbeddingBatch) -> Iterator[str]:
+    lengths = np.linalg.norm(batch.embedding.astype(np.float32), axis=1)
+    norms = batch.columns["norm"].to_numpy()
+    for what, bad in (
+        ("has an embedding of length", ~(np.abs(lengths - 1) <= UNIT_TOLERANCE)),
+        ("has a norm that is none", ~(np.isfinite(norms) & (norms > 0))),
+    ):
+        if bad.any():
+            at = int(np.flatnonzero(bad)[0])
+            key = batch.columns["key"][at].as_py()
+            yield f"row {batch.first_row + at} (key {key!r}) {what}: {lengths[at]:.4g}, {norms[at]:.4g}"
+
+
+def _check_tar(folder: Path, record: ShardRecord, dataset: Dataset, drawn: _Drawn) -> Iterator[Fault]:
+    """What the tar tells; what is drawn gets its pixels."""
+    try:
+        size, version = stat_source(record.url)
+    except SourceError as error:
+        yield Fault(path=record.url, what=f"cannot be read: {error}", remedy="bring it back, or verify without --deep")
+        return
+    if (size, version) != (record.size, record.version):
+        yield Fault(path=record.url, what="changed since it was embedded", remedy=_REFRESH)
+        return
+    shard = Shard(url=record.url, name=record.name, size=size, version=version)
+    try:
+        yield from _compare(folder, shard, record, dataset, drawn)
+    except (ShardError, SourceError) as error:
+        if record.broken is None:
+            yield Fault(path=record.url, what=str(error), remedy="mend the tar, then " + _REFRESH)
+    except StoreError:  # said by the check of the shard's own files
+        return
+
+
+def _compare(folder: Path, shard: Shard, record: ShardRecord, dataset: Dataset, drawn: _Drawn) -> Iterator[Fault]:
+    """Walk the tar beside what was made of it: each sample is the next row or the next reject."""
+
+    def fault(what: str) -> Fault:
+        return Fault(path=str(folder / "embeddings" / f"{record.name}.parquet"), what=what, remedy=_EMBED_AGAIN)
+
+    rows, rejects = _rows(folder, record), iter(read_rejects(folder, record.name)["key"].to_pylist())
+    row, reject = next(rows, None), next(rejects, None)
+    for item in read_samples(shard):
+        # A key that comes twice in the tar is a reject the second time.
+        if row is not None and row["key"] == item.key and (isinstance(item, Sample) or reject != item.key):
+            wrong = _differences(row, item)
+            if wrong:
+                yield fault(f"row {row['row']} (key {item.key!r}) is not the tar's: {', '.join(wrong)} differ")
+            elif isinstance(item, Sample) and row["row"] in drawn.rows:
+                yield from map(fault, _draw(shard, item, row, record, dataset, drawn))
+            row = next(rows, None)
+        elif reject == item.key:
+            reject = next(rejects, None)
+        else:
+            there = "no row" if row is None else f"the row of {row['key']!r}"
+            yield fault(f"where the tar has key {item.key!r}, there is {there} and no reject")
+            return
+    if row is not None or reject is not None:
+        yield fault(f"key {row['key'] if row else reject!r} is not in the tar")
+
+
+def _rows(folder: Path, record: ShardRecord) -> Iterator[dict[str, Any]]:
+    for batch in read_embeddings(folder, _COLUMNS, [record.name]):
+        for at, row in enumerate(pa.table(batch.columns).to_pylist()):
+            yield {**row, "row": batch.first_row + at, "embedding": batch.embedding[at]}
+
+
+def _differences(found: dict[str, Any], item: Sample | Reject) -> list[str]:
+    if isinstance(item, Reject):
+        return [f"it is no image there ({item.reason}); all"]
+    expected = {
+        "label": item.label,
+        "caption": item.caption,
+        "meta": item.meta,
+        "tar_offset": item.tar_offset,
+        "tar_size": len(item.image),
+    }
+    return [name for name, value in expected.items() if found[name] != value]
+
+
+def _draw(
+    shard: Shard, item: Sample, found: dict[str, Any], record: ShardRecord, dataset: Dataset, drawn: _Drawn
+) -> Iterator[str]:
+    """Decode a row's image for embedding it anew, from where its offset leads."""
+    where = f"row {found['row']} (key {item.key!r})"
+    if item.tar_offset is not None and read_range(shard.url, item.tar_offset, len(item.image)) != item.image:
+        yield f"{where}: its offset does not lead to its image"
+        return
+    pixels = np.empty((*dataset.model.preprocess.size, 3), np.uint8)
+    try:
+        size = decode_image(item.image, dataset.model.preprocess, pixels, fast=record.decoder == "fast")
+    except SampleError as error:
+        yield f"{where}: its image cannot be decoded now: {error}"
+        return
+    if size != (found["width"], found["height"]):
+        yield f"{where}: its image is {size[0]} x {size[1]} pixels, not {found['width']} x {found['height']}"
+    drawn.pixels.append(pixels)
+    drawn.stored.append(found["embedding"].astype(np.float32))
+
+
+def _cosines(encoder: ImageEncoder, drawn: _Drawn) -> list[float]:
+    anew, _ = encoder.encode(np.stack(drawn.pixels))
+    cosines: list[float] = np.einsum("nd,nd->n", anew, np.stack(drawn.stored)).tolist()
+    return cosines
+
+
+def _unlike(folder: Path, record: ShardRecord, cosines: list[float]) -> Iterator[Fault]:
+    bad = sum(not cosine >= LEAST_COSINE for cosine in cosines)
+    if bad:
+        path = folder / "embeddings" / f"{record.name}.parquet"
+        what = f"{bad} of {len(cosines)} images embedded anew differ: cosine {min(cosines):.4f} at worst"
+        yield Fault(path=str(path), what=what, remedy=_EMBED_AGAIN)
+
+
+def _notes(folder: Path, records: list[ShardRecord]) -> list[str]:
+    rejects = {record.name: record.rejects for record in records}
+    notes = [
+        f"{path} belongs to no published shard; the next run that embeds its tar replaces it"
+        for path in sorted((folder / "rejects").glob("[!.]*.parquet"))
+        if not rejects.get(path.stem)
+    ]
+    notes += [f"{path} is of a run that goes on, or was killed; the next run then removes it"
+              for path in sorted([*folder.rglob(".*.tmp"), *folder.glob(".run.*.hand")])]  # fmt: skip
+    return notes + [f"{record.url} was salvaged: {record.broken}" for record in records if record.broken is not None]
