@@ -452,10 +452,11 @@ def read_labels(folder: str | Path, names: Sequence[str] | None = None) -> Itera
     """Shard name, keys and labels of each row group, without reading its embeddings.
 
     Raises:
-        StoreError: A file is damaged.
+        StoreError: A file is damaged, or not of clipindex.
     """
     embeddings = Path(folder) / "embeddings"
     for name in names if names is not None else sorted(path.stem for path in embeddings.glob("[!.]*.parquet")):
+        read_record(embeddings / f"{name}.parquet")  # refuses what is not ours, which may lack the columns
         with _open_parquet(embeddings / f"{name}.parquet") as file:
             try:
                 for batch in file.iter_batches(ROW_GROUP_ROWS, columns=["key", "label"]):
