@@ -4,7 +4,8 @@
 #   0 2 * * *  jobs/nightly.sh 's3://bucket/corpus' /data/embeddings ViT-L-14 datacomp_xl_s13b_b90k
 #
 # Safe to start while last night's run still works: the second one says so and ends. Whatever stopped a run before, this one
-# goes on from there. A line a run is added to EMBEDDINGS/nightly.jsonl. Exit status as of `clipindex embed`.
+# goes on from there. Where an image crashes its decoder, and with it the run, another run rejects that image and goes on.
+# A line a run is added to EMBEDDINGS/nightly.jsonl. Exit status as of `clipindex embed`.
 set -euo pipefail
 
 if [ $# -lt 3 ]; then
@@ -20,9 +21,15 @@ if ! flock --nonblock 9; then
   exit 0
 fi
 
-status=0
-summary=$(clipindex embed "$shards" --out "$embeddings" --model "$model" ${pretrained:+--pretrained "$pretrained"} --json) ||
-  status=$?
+for _ in {1..20}; do
+  status=0
+  summary=$(clipindex embed "$shards" --out "$embeddings" --model "$model" ${pretrained:+--pretrained "$pretrained"} --json) ||
+    status=$?
+  case $status in
+  132 | 134 | 135 | 136 | 139) echo "a decoder crashed (status $status): running again without that image" >&2 ;;
+  *) break ;;
+  esac
+done
 if [ -n "$summary" ]; then
   printf '%s\n' "$summary" | tr -d '\n' | sed "s/^{/{\"finished\": \"$(date -u +%FT%TZ)\",/; s/\$/\n/" >> "$embeddings/nightly.jsonl"
 fi

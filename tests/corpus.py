@@ -40,3 +40,28 @@ def labelled(keys, num_classes=3, seed=0):
         yield f"{key}.jpg", encoded(picture(64 + at % 5, 48, seed=seed + at), quality=90)
         yield f"{key}.cls", str(at % num_classes).encode()
         yield f"{key}.txt", f"picture number {at}".encode()
+
+
+CRASHING_PLUGIN = """
+import ctypes
+from PIL import Image, ImageFile
+
+class Crashing(ImageFile.ImageFile):
+    format = "HEIF"
+
+    def _open(self):
+        self._size, self._mode = (8, 8), "RGB"
+
+    def load(self):
+        if b"poison" in self.fp.getvalue():
+            ctypes.string_at(0)
+        self.im = Image.new("RGB", (8, 8)).im
+        self.pyaccess = None
+
+def register_heif_opener():
+    Image.register_open("HEIF", Crashing, lambda prefix: prefix[4:12] == b"ftypheic")
+"""
+"""A Pillow plug-in whose decoder, for some images, reads address zero: a real segmentation fault."""
+
+HARMLESS = b"\0\0\0\x18ftypheic"
+POISON = HARMLESS + b" poison"

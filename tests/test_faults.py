@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpus import encoded, labelled, write_tar
+from corpus import CRASHING_PLUGIN, HARMLESS, POISON, encoded, labelled, write_tar
 
 from clipindex.embed_job import embed as embed_here
 from clipindex.errors import StoreError
@@ -24,26 +24,6 @@ from clipindex.zeroshot import classify
 
 COMMAND = Path(sys.executable).with_name("clipindex")
 TINY = ["--model", "demo", "--precision", "fp32", "--device", "cpu", "--batch-size", "16"]
-
-CRASHING_PLUGIN = """
-import ctypes
-from PIL import Image, ImageFile
-
-class Crashing(ImageFile.ImageFile):
-    format = "HEIF"
-
-    def _open(self):
-        self._size, self._mode = (8, 8), "RGB"
-
-    def load(self):
-        if b"poison" in self.fp.getvalue():
-            ctypes.string_at(0)
-        self.im = Image.new("RGB", (8, 8)).im
-        self.pyaccess = None
-
-def register_heif_opener():
-    Image.register_open("HEIF", Crashing, lambda prefix: prefix[4:12] == b"ftypheic")
-"""
 
 
 def embed(sources, out, *options, **popen):
@@ -66,7 +46,7 @@ def test_an_image_that_kills_its_decoder_ends_one_run_and_is_a_reject_of_the_nex
     members = []
     for name, data in labelled([f"k{at:03}" for at in range(90)]):
         if name in ("k050.jpg", "k020.jpg"):
-            name, data = name.replace(".jpg", ".heic"), b"\0\0\0\x18ftypheic" + b" poison" * (name == "k050.jpg")
+            name, data = name.replace(".jpg", ".heic"), POISON if name == "k050.jpg" else HARMLESS
         members.append((name, data))
     write_tar(tmp_path / "a.tar", members[:60])
     write_tar(tmp_path / "b.tar", members[60:])

@@ -5,15 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from corpus import labelled, write_tar
+from corpus import CRASHING_PLUGIN, POISON, labelled, write_tar
 
 NIGHTLY = Path(__file__).parents[1] / "jobs" / "nightly.sh"
 
 
-def nightly(*arguments):
+def nightly(*arguments, **environment):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.run(
-        [NIGHTLY, *map(str, arguments)], capture_output=True, text=True, env={**os.environ, "PATH": path}
+        [NIGHTLY, *map(str, arguments)], capture_output=True, text=True, env={**os.environ, "PATH": path, **environment}
     )
 
 
@@ -26,6 +26,16 @@ def test_each_night_embeds_what_is_new(tmp_path):
     nights = [json.loads(line) for line in (out / "nightly.jsonl").read_text().splitlines()]
     assert [(night["shards_embedded"], night["shards_done_before"]) for night in nights] == [(1, 0), (1, 1)]
     assert all(night["finished"].endswith("Z") for night in nights)
+
+
+def test_images_that_crash_their_decoders_do_not_end_the_night(tmp_path):
+    (tmp_path / "pillow_heif.py").write_text(CRASHING_PLUGIN)
+    write_tar(tmp_path / "a.tar", [("bad.heic", POISON), *labelled(["a", "b"])])
+    done = nightly(tmp_path / "a.tar", tmp_path / "out", "demo", PYTHONPATH=str(tmp_path))
+    assert "running again without that image" in done.stderr
+    (night,) = [json.loads(line) for line in (tmp_path / "out" / "nightly.jsonl").read_text().splitlines()]
+    assert (night["rows"], night["rejects"]) == (2, 1)
+    assert done.returncode == 3  # of so few, one is more than --max-reject-rate
 
 
 def test_a_night_that_overlaps_steps_back(tmp_path):

@@ -11,8 +11,8 @@ from clipindex.types import Float32Array, Reject, Sample, Shard, UInt8Array
 
 EVENTS_PER_SLOT = 4
 """A batch is sent on when it has this many events a slot, so that a tar full of rejects cannot fill memory."""
-BATCH_BYTES = 256 << 20
-"""And when its encoded images and texts have this size; a thousand ordinary images have a quarter of it."""
+BATCH_BYTES = 128 << 20
+"""And when its encoded images and texts have this size, of which 512 ordinary images have a quarter."""
 
 
 @dataclass(frozen=True, slots=True)

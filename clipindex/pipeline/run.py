@@ -29,7 +29,7 @@ from clipindex.shards import MAX_BYTES
 from clipindex.stages import StageClock, StageTimes, stage_times
 from clipindex.store import Dataset, published_record
 from clipindex.threads import merge, num_cores, prefetch
-from clipindex.types import Float32Array, ImageEncoder, Shard, UInt8Array
+from clipindex.types import Float32Array, ImageEncoder, Reject, Shard, UInt8Array
 
 Encode = Callable[[UInt8Array], tuple[Float32Array, Float32Array]]
 """As `ImageEncoder.encode`."""
@@ -196,7 +196,7 @@ def _encode(
     with contextlib.closing(clock.timed("wait", decoded(batches, clock))) as ready:
         for batch, outcomes in ready:
             embeddings, norms = np.empty((0, dim), np.float32), np.empty(0, np.float32)
-            if batch.used:
+            if any(not isinstance(outcome, Reject) for outcome in outcomes):
                 with clock.timing("encode"):
                     embeddings, norms = encode(batch.images[: batch.used])
             yield EncodedBatch(batch.events, outcomes, embeddings, norms)
