@@ -118,7 +118,7 @@ def _write(path: Path, members: Iterator[Member]) -> None:
 def _embed(what: str, tar: Path, out: Path) -> Row:
     command = [sys.executable, "-c", _RUN, "embed", str(tar), "--out", str(out), "--model", "demo", "--json"]
     command += ["--batch-size", "64", "--max-reject-rate", "1"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=True)
+    done = subprocess.run(command, capture_output=True, check=True)
     summary = json.loads(done.stdout)
     assert summary["rows"] + summary["rejects"] == summary["samples"], summary
     peak = next(line for line in reversed(done.stderr.splitlines()) if line.startswith(b"VmHWM"))

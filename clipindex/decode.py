@@ -25,13 +25,16 @@ MAX_PIXELS = 178_956_970
 """Twice Pillow's warning level, where Pillow itself refuses: an image of half a gigabyte once decoded."""
 LARGE_PIXELS = 32 << 20
 """Larger images are decoded one at a time, so that memory does not grow with the threads; 100 MB of pixels."""
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "AVIF", "HEIF", "PPM", "TGA", "ICO")
-"""What Pillow may take bytes for. Of its others, EPS runs Ghostscript on what it is given."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "JPEG2000", "AVIF", "HEIF", "PPM", "TGA")
+"""What Pillow may take bytes for. Of its others, EPS runs Ghostscript on what it is given; ICO decodes on opening."""
+MAX_SCANS = 200
+"""Of a JPEG; encoders make about ten. Each is a pass over all pixels, and an empty one takes a few bytes."""
 
 SCALED_OVER_TARGET = 2
 """What scaled decoding leaves for the resize to shrink: nearer to the target it costs detail."""
 
 _JUST_OVER_ONE = 1 + 1e-9  # the size of a resize by factor is rounded down
+_SCAN_MARKER = b"\xff\xda"  # which does not occur in coded data by chance (ITU-T T.81, B.1.1.5)
 _one_large = threading.RLock()
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _AVIF_BRANDS = (b"avif", b"avis")
@@ -69,7 +72,11 @@ def decode_image(
 
 
 def _decode(data: bytes, preprocess: Preprocess, out: UInt8Array, fast: bool, max_pixels: int) -> tuple[int, int]:
-    if data[:3] == b"\xff\xd8\xff" and preprocess.resize_mode != "longest" and _is_square(preprocess):
+    is_jpeg = data[:3] == b"\xff\xd8\xff"
+    scans = data.count(_SCAN_MARKER) if is_jpeg else 0
+    if scans > MAX_SCANS:
+        raise SampleError(f"a JPEG of {scans} scans, more than {MAX_SCANS}")
+    if is_jpeg and preprocess.resize_mode != "longest" and _is_square(preprocess):
         size = _decode_jpeg(data, preprocess, out, fast, max_pixels)
         if size is not None:
             return size
@@ -163,6 +170,8 @@ def decode_reference(
         with Image.open(io.BytesIO(data), formats=_known_formats()) as image:
             width, height = image.size
             _check_pixels(width, height, preprocess, max_pixels)
+            if image.format == "TIFF":
+                _check_tile(image, max_pixels)
             if image.format == "JPEG2000":
                 _check_whole_jpeg2000(data)
             with _room(width, height):
@@ -172,6 +181,13 @@ def decode_reference(
         raise
     except Exception as error:  # Pillow's plugins raise whatever their parsers met
         raise SampleError(_reason(error, data)) from error
+
+
+def _check_tile(image: Any, max_pixels: int) -> None:  # noqa: ANN401 - a TiffImageFile, of which Pillow's types say little
+    """A tile is decoded whole, and may be larger than the image (TIFF 6.0, section 15: TileWidth, TileLength)."""
+    width, height = (image.tag_v2.get(tag, 0) for tag in (322, 323))
+    if width * height > max_pixels:
+        raise SampleError(f"tiles of {width} x {height} pixels: above {max_pixels}")
 
 
 def _check_whole_jpeg2000(data: bytes) -> None:

@@ -15,7 +15,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from clipindex.errors import SourceError
 
@@ -240,7 +240,12 @@ def _link(temporary: Path, path: Path, data: bytes) -> None:
         raise
     except OSError:
         with open(path, "xb") as file:
-            file.write(data)
+            try:
+                file.write(data)
+                file.flush()
+            except BaseException:
+                path.unlink()
+                raise
 
 
 def sync_folder(folder: Path) -> None:
@@ -254,26 +259,30 @@ def sync_folder(folder: Path) -> None:
 
 def remove_stale_temporaries(folder: Path) -> int:
     """Remove temporary files of runs that are dead: this host's if nobody holds their lock, other hosts' by age."""
-    return len(take_from_the_dead(folder, "*", ".tmp"))
+    dead = [one.path for one in read_temporaries(folder, "*", ".tmp") if one.is_dead]
+    for path in dead:
+        path.unlink(missing_ok=True)
+    return len(dead)
 
 
-def take_from_the_dead(folder: Path, name: str, suffix: str) -> list[bytes]:
-    """Remove what runs left that are dead, and return its first `STATE_BYTES` a file; `name` may be ``*``."""
-    found = []
-    for path in _temporaries(folder, name, suffix):
-        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-            if _is_stale(path, file):
-                found.append(file.read(STATE_BYTES))
-                path.unlink()
-    return found
+class Temporary(NamedTuple):
+    """What a run left or holds."""
+
+    path: Path
+    content: bytes
+    """At most `STATE_BYTES` of it."""
+    is_locked: bool
+    """By a run that lives."""
+    is_dead: bool
+    """For certain: another host's lock may not show here, so that its files are given a day."""
 
 
-def read_from_the_living(folder: Path, name: str, suffix: str) -> Iterator[tuple[Path, bytes]]:
-    """The temporary files of that name whose runs live, this one's included: path, and its first `STATE_BYTES`."""
-    for path in _temporaries(folder, name, suffix):
-        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-            if not _is_stale(path, file):
-                yield path, file.read(STATE_BYTES)
+def read_temporaries(folder: Path, name: str, suffix: str) -> Iterator[Temporary]:
+    """All temporary files of that name, which may be ``*``; those that may not be read are left alone."""
+    for path in folder.glob(f".{name}.*{suffix}") if folder.is_dir() else ():
+        with contextlib.suppress(FileNotFoundError, PermissionError), open(path, "rb") as file:
+            is_locked, is_dead = _state(path, file)
+            yield Temporary(path, file.read(STATE_BYTES), is_locked, is_dead)
 
 
 def create_temporary(path: Path, suffix: str) -> tuple[Path, BinaryIO]:
@@ -285,14 +294,11 @@ def create_temporary(path: Path, suffix: str) -> tuple[Path, BinaryIO]:
 @contextlib.contextmanager
 def exclusively(path: Path) -> Iterator[None]:
     """Hold a file's lock; where the file system has none, nobody waits for anybody."""
-    with open(path, "rb") as file:
+    # NFS locks exclusively only what may be written.
+    with open(path, "r+b" if os.access(path, os.W_OK) else "rb") as file:
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _temporaries(folder: Path, name: str, suffix: str) -> list[Path]:
-    return list(folder.glob(f".{name}.*{suffix}")) if folder.is_dir() else []
 
 
 def _temporary_beside(path: Path, suffix: str) -> Path:
@@ -300,26 +306,28 @@ def _temporary_beside(path: Path, suffix: str) -> Path:
     return path.parent / f".{path.name}.{_host()}.{os.getpid()}.{secrets.token_hex(4)}{suffix}"
 
 
-def _is_stale(path: Path, file: BinaryIO) -> bool:
+def _state(path: Path, file: BinaryIO) -> tuple[bool, bool]:
+    """Whether a temporary file is locked, and whether its run is dead."""
     parts = path.name.split(".")  # …NAME, HOST, PID, TOKEN, suffix
     if len(parts) < 6 or not parts[-3].isdecimal():
-        return False
-    lock_tells = parts[-4] == _host()  # another host's may not show here
+        return False, False
+    lock_tells = parts[-4] == _host()
     try:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
+        return True, False
     except OSError:  # a file system without locks
         lock_tells = False
-    return lock_tells or _folder_time(path.parent) - path.stat().st_mtime > STALE_AFTER_S
+    return False, lock_tells or _age(path) > STALE_AFTER_S
 
 
-def _folder_time(folder: Path) -> float:
-    """Now, by the clock that stamps this folder's files: that of another machine, or one that jumps, proves nothing."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(b"?")
-        file.flush()
-        return os.fstat(file.fileno()).st_mtime
+def _age(path: Path) -> float:
+    """By the clock that stamps this folder's files: that of another machine, or one that jumps, proves nothing."""
+    try:
+        with tempfile.TemporaryFile(dir=path.parent) as file:
+            return os.fstat(file.fileno()).st_mtime - path.stat().st_mtime
+    except OSError:  # a full disk, a missing right: then nothing can be said of it
+        return 0.0
 
 
 def _create_locked(path: Path) -> BinaryIO:
@@ -351,6 +359,17 @@ def list_files(url: str, keep: Callable[[str], bool]) -> list[str]:
     filesystem, path = remote_filesystem(url)
     with _remote_errors(url):
         return sorted(filesystem.unstrip_protocol(name) for name in filesystem.find(path) if keep(name))
+
+
+def list_matches(url: str) -> list[str]:
+    """URLs of a remote file system that match a glob.
+
+    Raises:
+        SourceError: It cannot be asked.
+    """
+    filesystem, path = remote_filesystem(url)
+    with _remote_errors(url):
+        return [filesystem.unstrip_protocol(match) for match in filesystem.glob(path)]
 
 
 def _walk(top: str) -> Iterator[tuple[str, list[str]]]:

@@ -11,20 +11,18 @@ import hashlib
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import BinaryIO, cast
 from urllib.parse import urlsplit
 
 from clipindex.errors import ShardError, SourceError
-from clipindex.fileio import is_remote, list_files, local_path, open_source, remote_filesystem, stat_source
+from clipindex.fileio import is_remote, list_files, list_matches, local_path, open_source, stat_source
 from clipindex.tar import Member, read_members
 from clipindex.types import Reject, Sample, Shard
 
-IMAGE_EXTENSIONS = tuple(
-    "webp png jpg jpeg jfif bmp gif tif tiff jp2 j2k avif heic heif ppm pgm pbm pnm tga ico".split()
-)
+IMAGE_EXTENSIONS = tuple("webp png jpg jpeg jfif bmp gif tif tiff jp2 j2k avif heic heif ppm pgm pbm pnm tga".split())
 """Looked up in this order; the first four, in theirs, are those of CLIP_benchmark's data sets."""
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 COUNT_FILE = "nshards.txt"
@@ -33,7 +31,9 @@ MAX_BYTES = 256 << 20
 MAX_TEXT_BYTES = 16 << 20
 """Largest caption or metadata."""
 MAX_NAME_CHARACTERS = 4096
-"""Longest name of a member, as long as the longest path of Linux: all keys of a shard are remembered."""
+"""Longest name of a member, as long as the longest path of Linux."""
+LONG_KEY_CHARACTERS = 64
+"""Longer keys are remembered by their hash: a tar may have millions."""
 MAX_SAMPLE_MEMBERS = 256
 """More members of one key are a tar that was named wrongly."""
 
@@ -83,7 +83,7 @@ def read_samples(shard: Shard, *, max_bytes: int = MAX_BYTES) -> Iterator[Sample
         with open_source(shard.url) as file:
             compressed = file.peek(2)[:2] == b"\x1f\x8b"  # type: ignore[attr-defined]
             stream = cast("BinaryIO", gzip.open(file)) if compressed else file
-            yield from _group(_members(stream, max_bytes), not compressed, max_bytes)
+            yield from _group(read_members(stream, _wants(max_bytes)), not compressed, max_bytes)
     except ShardError as error:
         raise ShardError(f"{shard.url}: {error}") from error
     except SourceError:
@@ -145,8 +145,7 @@ def _expand_remote(source: str) -> list[str]:
         return [source]
     if "*" not in source:
         return _tars_below(source)
-    filesystem, path = remote_filesystem(source)
-    found = sorted((filesystem.unstrip_protocol(match) for match in filesystem.glob(path)), key=_natural)
+    found = sorted(list_matches(source), key=_natural)
     if not found:
         raise SourceError(f"{source}: no match")
     return found
@@ -182,7 +181,9 @@ def _split_name(name: str) -> tuple[str, str]:
     return (name, "") if dot < 0 else (name[:dot], name[dot + 1 :])
 
 
-def _members(stream: BinaryIO, max_bytes: int) -> Iterator[Member]:
+def _wants(max_bytes: int) -> Callable[[str, int], bool]:
+    """Which members are taken into memory."""
+
     def wants(name: str, size: int) -> bool:
         if len(name) > MAX_NAME_CHARACTERS:
             return False
@@ -191,10 +192,7 @@ def _members(stream: BinaryIO, max_bytes: int) -> Iterator[Member]:
             return size <= MAX_TEXT_BYTES
         return size <= max_bytes and _image_rank(extension) is not None
 
-    try:
-        yield from read_members(stream, wants)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ShardError(str(error)) from error
+    return wants
 
 
 @lru_cache(256)  # a corpus has a handful of extensions and asks for each of millions
@@ -210,28 +208,40 @@ def _group(members: Iterable[Member], seekable: bool, max_bytes: int) -> Iterato
     seen: set[str] = set()
     group: list[tuple[str, Member]] = []
     current: str | None = None
+    excess: str | None = None
     held = 0
     most = max_bytes + len(_TEXTS) * MAX_TEXT_BYTES
     try:
         for member in members:
-            if member.name.startswith("__") and _NOTE.match(member.name):
+            name = member.name
+            if name.startswith("__") and _NOTE.match(name):
                 continue
-            key, extension = _split_name(member.name)
+            key, extension = _split_name(name)
             if key != current:
                 if current is not None:
-                    yield _sample(current, group, held, seen, seekable, max_bytes)
-                current, group, held = key, [], 0
-            if member.data is not None:
-                held += member.size
-            if held <= most and len(group) <= MAX_SAMPLE_MEMBERS:
+                    yield _sample(current, group, excess, seen, seekable, max_bytes)
+                current, group, excess, held = key, [], None, 0
+            held += 0 if member.data is None else member.size
+            if len(name) <= MAX_NAME_CHARACTERS and held <= most and len(group) < MAX_SAMPLE_MEMBERS:
                 group.append((extension.lower(), member))
-    except ShardError as error:
+            elif excess is None:  # the first such member stays, as the one to name; memory for more is not spent
+                excess = _excess(name, held > most)
+                group.append((extension.lower(), member))
+    except (ShardError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         if current is not None:
             reason = f"the tar breaks in or after this sample: {error}"
             yield _tar_reject(current, group, reason, seekable)
-        raise
+        raise ShardError(str(error)) from error
     if current is not None:
-        yield _sample(current, group, held, seen, seekable, max_bytes)
+        yield _sample(current, group, excess, seen, seekable, max_bytes)
+
+
+def _excess(name: str, too_large: bool) -> str:
+    if too_large:
+        return "more bytes than one image and its texts may have"
+    if len(name) > MAX_NAME_CHARACTERS:
+        return f"a name of {len(name)} characters, more than {MAX_NAME_CHARACTERS},"
+    return f"more than {MAX_SAMPLE_MEMBERS}"
 
 
 def _tar_reject(key: str, group: list[tuple[str, Member]], reason: str, seekable: bool) -> Reject:
@@ -242,20 +252,22 @@ def _tar_reject(key: str, group: list[tuple[str, Member]], reason: str, seekable
 
 
 def _sample(
-    key: str, group: list[tuple[str, Member]], held: int, seen: set[str], seekable: bool, max_bytes: int
+    key: str, group: list[tuple[str, Member]], excess: str | None, seen: set[str], seekable: bool, max_bytes: int
 ) -> Sample | Reject:
     """One row's worth of members, checked."""
-    longest = max(len(member.name) for _, member in group)
-    if longest > MAX_NAME_CHARACTERS:
-        return _tar_reject(key, group, f"a name of {longest} characters, more than {MAX_NAME_CHARACTERS}", seekable)
-    if key in seen:
-        reason = f"key {key!r} came before in this tar, apart from these members: {_names(group)}"
-        return _tar_reject(key, group, reason, seekable)
-    seen.add(key)
+    if len(key) <= MAX_NAME_CHARACTERS:
+        remembered = key if len(key) <= LONG_KEY_CHARACTERS else hashlib.sha256(key.encode()).hexdigest()
+        if remembered in seen:
+            reason = f"key {key!r} came before in this tar, apart from these members: {_names(group)}"
+            return _tar_reject(key, group, reason, seekable)
+        seen.add(remembered)
+    if excess is not None:
+        return _tar_reject(key, group, f"{excess} among the members: {_names(group)}", seekable)
     fields = dict(group)
+    repeated = len(fields) != len(group)
     images = sorted([(rank, extension) for extension in fields if (rank := _image_rank(extension)) is not None])
-    what = _fault(group, held > max_bytes + len(_TEXTS) * MAX_TEXT_BYTES, images)
-    if what is not None:
+    if repeated or not images or _ambiguous(images):
+        what = "a member twice" if repeated else "several images" if images else "no image"
         return _tar_reject(key, group, f"{what} among the members: {_names(group)}", seekable)
     image = fields[images[0][1]]
     where = image.offset if seekable else None
@@ -274,19 +286,6 @@ def _sample(
         )
     except ValueError as error:
         return Reject(key=key, member=image.name, stage="label", reason=str(error), tar_offset=where)
-
-
-def _fault(group: list[tuple[str, Member]], too_large: bool, images: list[tuple[int, str]]) -> str | None:
-    """Why members cannot be one sample; None where they can."""
-    if too_large:
-        return "more bytes than one image and its texts may have"
-    if len(group) > MAX_SAMPLE_MEMBERS:
-        return f"more than {MAX_SAMPLE_MEMBERS}"
-    if len({extension for extension, _ in group}) != len(group):
-        return "a member twice"
-    if not images:
-        return "no image"
-    return "several images" if _ambiguous(images) else None
 
 
 def _ambiguous(images: list[tuple[int, str]]) -> bool:

@@ -31,6 +31,8 @@ PENDING_BYTES = 64 << 20
 DTYPES = ("float16", "float32")
 
 _FOOTER_KEY = b"clipindex"
+_DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
+"""What Arrow raises at damaged files: names of columns may be no UTF-8 any more."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -332,12 +334,14 @@ class _RejectsWriter:
         self.path = path
         self.count = 0
         self._pending: list[Reject] = []
+        self._pending_bytes = 0
         self._parquet: AtomicParquet | None = None
 
     def append(self, reject: Reject) -> None:
         self.count += 1
         self._pending.append(reject)
-        if len(self._pending) >= ROW_GROUP_ROWS:
+        self._pending_bytes += len(reject.key) + len(reject.member) + len(reject.reason)
+        if len(self._pending) >= ROW_GROUP_ROWS or self._pending_bytes >= PENDING_BYTES:
             self._flush()
 
     def publish(self) -> None:
@@ -355,7 +359,7 @@ class _RejectsWriter:
         if self._parquet is None:
             self._parquet = AtomicParquet(self.path, REJECT_SCHEMA, compression="zstd")
         self._parquet.write(pa.Table.from_pylist([asdict(r) for r in self._pending], schema=REJECT_SCHEMA))
-        self._pending = []
+        self._pending, self._pending_bytes = [], 0
 
 
 def published_shards(folder: str | Path) -> dict[str, ShardRecord]:
@@ -389,7 +393,7 @@ def read_record(path: Path) -> ShardRecord:
         StoreError: The file is not Parquet, or not of clipindex.
     """
     with _open_parquet(path) as file:
-        footer = (file.schema_arrow.metadata or {}) | (file.metadata.metadata or {})
+        footer = file.metadata.metadata or {}
         rows = file.metadata.num_rows
     try:
         record = ShardRecord(**json.loads(footer[_FOOTER_KEY]))
@@ -411,9 +415,16 @@ def read_rejects(folder: str | Path, name: str) -> pa.Table:
         return REJECT_SCHEMA.empty_table()
     path = Path(folder) / "rejects" / f"{name}.parquet"
     with _open_parquet(path) as file:
-        rejects = file.read()
+        try:
+            rejects = file.read()
+            rejects.validate(full=True)
+        except _DAMAGE as error:
+            raise StoreError(f"{path} is damaged ({error}); delete embeddings/{name}.parquet and run again") from error
+    if not rejects.schema.equals(REJECT_SCHEMA):
+        raise StoreError(f"{path} is no file of rejects; delete embeddings/{name}.parquet and run again")
     if rejects.num_rows != expected:
-        raise StoreError(f"{path} has {rejects.num_rows} rejects instead of {expected}; embed its tar with --refresh")
+        wrong = f"{rejects.num_rows} rejects instead of {expected}"
+        raise StoreError(f"{path} has {wrong}; delete embeddings/{name}.parquet and run again")
     return rejects
 
 
@@ -461,7 +472,7 @@ def read_labels(folder: str | Path, names: Sequence[str] | None = None) -> Itera
             try:
                 for batch in file.iter_batches(ROW_GROUP_ROWS, columns=["key", "label"]):
                     yield name, batch.column("key"), batch.column("label")
-            except (pa.ArrowException, OSError) as error:
+            except _DAMAGE as error:
                 raise StoreError(f"{embeddings / name}.parquet is damaged ({error}); embed its tar again") from error
 
 
@@ -474,7 +485,7 @@ def _read_file(path: Path, record: ShardRecord, dataset: Dataset, columns: Seque
         for group in range(file.num_row_groups):
             try:
                 table = file.read_row_group(group, columns=["embedding", *columns], use_threads=False)
-            except (pa.ArrowException, OSError) as error:
+            except _DAMAGE as error:
                 raise StoreError(f"{path} is damaged ({error}); delete it and embed its tar again") from error
             for batch in table.to_batches():
                 flat = batch.column("embedding").flatten()
@@ -494,5 +505,5 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
         return pq.ParquetFile(path, memory_map=True)
     except FileNotFoundError:
         raise StoreError(f"{path} is missing") from None
-    except (pa.ArrowException, OSError) as error:
+    except _DAMAGE as error:
         raise StoreError(f"{path} is damaged ({error}); delete it and embed its tar again") from error

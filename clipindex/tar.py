@@ -20,8 +20,8 @@ MAX_EXTENSION_BYTES = 1 << 20
 MAX_TAIL_BYTES = 1 << 20
 """Writers pad an archive to a record of 10 KiB, by option to 1 MiB; more zeros are a download cut short."""
 
-MAX_SIZE = 1 << 60
-"""Bytes of a member from which on its header is taken for damaged; no file system holds one."""
+MAX_SIZE = 1 << 42
+"""Bytes of a member from which on its header is taken for damaged: four tebibytes."""
 
 _ZERO_BLOCK = bytes(BLOCK_BYTES)
 _EXTENSIONS = b"xXgLK"

@@ -1,9 +1,11 @@
 """Whether an embedding directory is what it says it is: its files, the law, and on wish the tars it was made of."""
 
+import itertools
 import random
+import secrets
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipindex.decode import decode_image
-from clipindex.encode import ImageTower, choose_devices, choose_precision
+from clipindex.encode import ImageTower, choose_device, choose_precision
 from clipindex.errors import SampleError, ShardError, SourceError, StoreError
 from clipindex.fileio import read_range, stat_source
 from clipindex.models import load_model
@@ -33,6 +35,10 @@ UNIT_TOLERANCE = 1e-3
 LEAST_COSINE = 0.999
 """Of an embedding made anew with the stored one; precisions and devices differ by a tenth of what is left."""
 SAMPLE = 256
+AT_ONCE = 32
+"""Images that are embedded anew together."""
+FAULTS_A_SHARD = 20
+"""After which nobody needs to be told more of it."""
 
 _EMBED_AGAIN = "delete it and run embed again"
 _REFRESH = "run embed with --refresh"
@@ -65,19 +71,41 @@ class VerifySummary:
     """Rows drawn at random whose images were cut out of their tars and embedded anew."""
     least_cosine: float | None
     """Of those with what is stored."""
+    seed: int
+    """Of the drawing: other rows each time, unless it is given."""
     faults: list[Fault]
     notes: list[str]
     """What is no fault but might puzzle."""
     seconds: float
 
 
-@dataclass(slots=True)
-class _Drawn:
-    """Rows of a shard that are to be embedded anew, by row number, and their pixels once they are read."""
+class _Anew:
+    """Embeds drawn images anew, some at a time, and keeps the cosines with what is stored."""
 
-    rows: set[int]
-    stored: list[np.ndarray[Any, Any]] = field(default_factory=list)
-    pixels: list[UInt8Array] = field(default_factory=list)
+    def __init__(self, encoder: ImageEncoder, rows: set[int]) -> None:
+        self.encoder = encoder
+        self.rows = rows
+        """Row numbers of the shard in hand."""
+        self._pixels: list[UInt8Array] = []
+        self._stored: list[np.ndarray[Any, Any]] = []
+        self._cosines: list[float] = []
+
+    def add(self, pixels: UInt8Array, stored: np.ndarray[Any, Any]) -> None:
+        self._pixels.append(pixels)
+        self._stored.append(stored.astype(np.float32))
+        if len(self._pixels) == AT_ONCE:
+            self._flush()
+
+    def cosines(self) -> list[float]:
+        """Of what was added."""
+        self._flush()
+        return self._cosines
+
+    def _flush(self) -> None:
+        if self._pixels:
+            anew, _ = self.encoder.encode(np.stack(self._pixels))
+            self._cosines += np.einsum("nd,nd->n", anew, np.stack(self._stored)).tolist()
+        self._pixels, self._stored = [], []
 
 
 def verify(
@@ -85,6 +113,7 @@ def verify(
     *,
     deep: bool = False,
     sample: int = SAMPLE,
+    seed: int | None = None,
     model: ModelSpec | None = None,
     device: str = "auto",
     precision: str = "auto",
@@ -100,6 +129,7 @@ def verify(
         deep: Read the tars again as well: each sample must be at its place as a row or a reject, with its label,
             texts and offset; and `sample` rows are embedded anew.
         sample: Rows, drawn at random over all shards.
+        seed: Of the drawing.
         model: How to load the model, where the directory's record does not lead to its weights on this machine.
         device: Where to embed.
         precision: In which.
@@ -112,7 +142,7 @@ def verify(
     started = time.perf_counter()
     folder = Path(folder)
     dataset = read_dataset(folder)
-    encoder = _encoder(folder, dataset, model, device, precision) if deep and sample else None
+    encoder = _encoder(folder, dataset, model, device, precision) if deep else None
     faults: list[Fault] = []
     records: list[ShardRecord] = []
     for path in sorted((folder / "embeddings").glob("[!.]*.parquet")):
@@ -121,18 +151,17 @@ def verify(
         except StoreError as error:
             faults.append(Fault(path=str(path), what=str(error), remedy=_EMBED_AGAIN))
     total = sum(record.rows for record in records)
-    drawn = sorted(random.Random(0).sample(range(total), min(sample, total))) if encoder else []
+    chosen_seed = secrets.randbits(32) if seed is None else seed
+    drawn = sorted(random.Random(chosen_seed).sample(range(total), min(sample, total)))
     cosines: list[float] = []
     checked = 0
     for record in records:
-        mine = _Drawn({at - checked for at in drawn if checked <= at < checked + record.rows})
-        faults += _check_shard(folder, dataset, record)
-        if deep:
-            faults += _check_tar(folder, record, dataset, mine)
-            if encoder is not None and mine.pixels:
-                found = _cosines(encoder, mine)
-                cosines += found
-                faults += _unlike(folder, record, found)
+        found = _check_shard(folder, dataset, record)
+        if encoder is not None:
+            anew = _Anew(encoder, {at - checked for at in drawn if checked <= at < checked + record.rows})
+            found = itertools.chain(found, _check_tar(folder, record, dataset, anew), _unlike(folder, record, anew))
+        faults += itertools.islice(found, FAULTS_A_SHARD)
+        cosines += anew.cosines() if encoder is not None else []
         checked += record.rows
         on_progress(checked, total)
     return VerifySummary(
@@ -146,6 +175,7 @@ def verify(
         deep=deep,
         embedded_again=len(cosines),
         least_cosine=min(cosines, default=None),
+        seed=chosen_seed,
         faults=faults,
         notes=_notes(folder, records),
         seconds=round(time.perf_counter() - started, 3),
@@ -155,7 +185,7 @@ def verify(
 def _encoder(folder: Path, dataset: Dataset, model: ModelSpec | None, device: str, precision: str) -> ImageTower:
     loaded = load_model(model or dataset.model.spec)
     check_fingerprint(folder, dataset.model, loaded.info)
-    chosen = choose_devices(device)[0]
+    chosen = choose_device(device)
     return ImageTower(loaded, device=chosen, precision=choose_precision(precision, chosen))
 
 
@@ -173,40 +203,41 @@ def _check_shard(folder: Path, dataset: Dataset, record: ShardRecord) -> Iterato
     try:
         rejects = read_rejects(folder, record.name)
         for batch in read_embeddings(folder, _COLUMNS, [record.name]):
+            pa.table(batch.columns).validate(full=True)
             yield from map(fault, _bad_vectors(batch))
-            found = batch.columns["key"].to_pylist()
-            keys.update(found)
-            rows += len(found)
+            keys.update(batch.columns["key"].to_pylist())
+            rows += len(batch.embedding)
             offsets = batch.columns["tar_offset"].drop_null().to_numpy()
             if np.any(np.diff(offsets, prepend=last_offset) <= 0):
                 yield fault(f"rows from {batch.first_row} on are not in the order of their tar")
             last_offset = offsets[-1] if len(offsets) else last_offset
-    except StoreError as error:
+    except (StoreError, pa.ArrowException) as error:
         yield fault(str(error))
         return
     if len(keys) != rows:
         yield fault(f"{rows - len(keys)} keys come twice")
     # A key that came twice in the tar is a row once, and a reject of the tar stage after that.
-    both = [r["key"] for r in rejects.to_pylist() if r["stage"] != "tar" and r["key"] in keys]
-    if both:
-        yield fault(f"key {both[0]!r} is a row and a reject at once")
+    stages = zip(rejects["key"].to_pylist(), rejects["stage"].to_pylist(), strict=True)
+    both = next((key for key, stage in stages if stage != "tar" and key in keys), None)
+    if both is not None:
+        yield fault(f"key {both!r} is a row and a reject at once")
 
 
 def _bad_vectors(batch: EmbeddingBatch) -> Iterator[str]:
     lengths = np.linalg.norm(batch.embedding.astype(np.float32), axis=1)
     norms = batch.columns["norm"].to_numpy()
-    for what, bad in (
-        ("has an embedding of length", ~(np.abs(lengths - 1) <= UNIT_TOLERANCE)),
-        ("has a norm that is none", ~(np.isfinite(norms) & (norms > 0))),
+    for what, values, bad in (
+        ("an embedding of length", lengths, ~(np.abs(lengths - 1) <= UNIT_TOLERANCE)),
+        ("a norm of", norms, ~(np.isfinite(norms) & (norms > 0))),
     ):
         if bad.any():
             at = int(np.flatnonzero(bad)[0])
             key = batch.columns["key"][at].as_py()
-            yield f"row {batch.first_row + at} (key {key!r}) {what}: {lengths[at]:.4g}, {norms[at]:.4g}"
+            yield f"row {batch.first_row + at} (key {key!r}) has {what} {values[at]:.4g}"
 
 
-def _check_tar(folder: Path, record: ShardRecord, dataset: Dataset, drawn: _Drawn) -> Iterator[Fault]:
-    """What the tar tells; what is drawn gets its pixels."""
+def _check_tar(folder: Path, record: ShardRecord, dataset: Dataset, anew: _Anew) -> Iterator[Fault]:
+    """What the tar tells; what is drawn is embedded anew."""
     try:
         size, version = stat_source(record.url)
     except SourceError as error:
@@ -217,15 +248,14 @@ def _check_tar(folder: Path, record: ShardRecord, dataset: Dataset, drawn: _Draw
         return
     shard = Shard(url=record.url, name=record.name, size=size, version=version)
     try:
-        yield from _compare(folder, shard, record, dataset, drawn)
-    except (ShardError, SourceError) as error:
-        if record.broken is None:
-            yield Fault(path=record.url, what=str(error), remedy="mend the tar, then " + _REFRESH)
-    except StoreError:  # said by the check of the shard's own files
+        yield from _compare(folder, shard, record, dataset, anew)
+    except SourceError as error:
+        yield Fault(path=record.url, what=f"cannot be read: {error}", remedy="verify again once it can be")
+    except (StoreError, pa.ArrowException):  # said by the check of the shard's own files
         return
 
 
-def _compare(folder: Path, shard: Shard, record: ShardRecord, dataset: Dataset, drawn: _Drawn) -> Iterator[Fault]:
+def _compare(folder: Path, shard: Shard, record: ShardRecord, dataset: Dataset, anew: _Anew) -> Iterator[Fault]:
     """Walk the tar beside what was made of it: each sample is the next row or the next reject."""
 
     def fault(what: str) -> Fault:
@@ -233,14 +263,15 @@ def _compare(folder: Path, shard: Shard, record: ShardRecord, dataset: Dataset, 
 
     rows, rejects = _rows(folder, record), iter(read_rejects(folder, record.name)["key"].to_pylist())
     row, reject = next(rows, None), next(rejects, None)
-    for item in read_samples(shard):
+    breaks: list[str] = []
+    for item in _until_it_breaks(shard, breaks):
         # A key that comes twice in the tar is a reject the second time.
         if row is not None and row["key"] == item.key and (isinstance(item, Sample) or reject != item.key):
             wrong = _differences(row, item)
             if wrong:
                 yield fault(f"row {row['row']} (key {item.key!r}) is not the tar's: {', '.join(wrong)} differ")
-            elif isinstance(item, Sample) and row["row"] in drawn.rows:
-                yield from map(fault, _draw(shard, item, row, record, dataset, drawn))
+            elif isinstance(item, Sample) and row["row"] in anew.rows:
+                yield from map(fault, _embed_anew(shard, item, row, record, dataset, anew))
             row = next(rows, None)
         elif reject == item.key:
             reject = next(rejects, None)
@@ -250,6 +281,16 @@ def _compare(folder: Path, shard: Shard, record: ShardRecord, dataset: Dataset, 
             return
     if row is not None or reject is not None:
         yield fault(f"key {row['key'] if row else reject!r} is not in the tar")
+    if breaks != ([] if record.broken is None else [record.broken]):
+        said = " and ".join(breaks) or "it is whole"
+        yield fault(f"its record says of the tar: {record.broken or 'it is whole'}; but {said}")
+
+
+def _until_it_breaks(shard: Shard, breaks: list[str]) -> Iterator[Sample | Reject]:
+    try:
+        yield from read_samples(shard)
+    except ShardError as error:
+        breaks.append(str(error))
 
 
 def _rows(folder: Path, record: ShardRecord) -> Iterator[dict[str, Any]]:
@@ -271,10 +312,10 @@ def _differences(found: dict[str, Any], item: Sample | Reject) -> list[str]:
     return [name for name, value in expected.items() if found[name] != value]
 
 
-def _draw(
-    shard: Shard, item: Sample, found: dict[str, Any], record: ShardRecord, dataset: Dataset, drawn: _Drawn
+def _embed_anew(
+    shard: Shard, item: Sample, found: dict[str, Any], record: ShardRecord, dataset: Dataset, anew: _Anew
 ) -> Iterator[str]:
-    """Decode a row's image for embedding it anew, from where its offset leads."""
+    """Decode a row's image, from where its offset leads."""
     where = f"row {found['row']} (key {item.key!r})"
     if item.tar_offset is not None and read_range(shard.url, item.tar_offset, len(item.image)) != item.image:
         yield f"{where}: its offset does not lead to its image"
@@ -287,17 +328,11 @@ def _draw(
         return
     if size != (found["width"], found["height"]):
         yield f"{where}: its image is {size[0]} x {size[1]} pixels, not {found['width']} x {found['height']}"
-    drawn.pixels.append(pixels)
-    drawn.stored.append(found["embedding"].astype(np.float32))
+    anew.add(pixels, found["embedding"])
 
 
-def _cosines(encoder: ImageEncoder, drawn: _Drawn) -> list[float]:
-    anew, _ = encoder.encode(np.stack(drawn.pixels))
-    cosines: list[float] = np.einsum("nd,nd->n", anew, np.stack(drawn.stored)).tolist()
-    return cosines
-
-
-def _unlike(folder: Path, record: ShardRecord, cosines: list[float]) -> Iterator[Fault]:
+def _unlike(folder: Path, record: ShardRecord, anew: _Anew) -> Iterator[Fault]:
+    cosines = anew.cosines()
     bad = sum(not cosine >= LEAST_COSINE for cosine in cosines)
     if bad:
         path = folder / "embeddings" / f"{record.name}.parquet"

@@ -26,7 +26,7 @@ for _ in {1..20}; do
   summary=$(clipindex embed "$shards" --out "$embeddings" --model "$model" ${pretrained:+--pretrained "$pretrained"} --json) ||
     status=$?
   case $status in
-  132 | 134 | 135 | 136 | 139) echo "a decoder crashed (status $status): running again without that image" >&2 ;;
+  132 | 134 | 135 | 136 | 137 | 139) echo "the run was killed (status $status): running again, its images one by one" >&2 ;;
   *) break ;;
   esac
 done

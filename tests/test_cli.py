@@ -48,6 +48,15 @@ def test_every_command_and_option_says_what_it_does():
             assert isinstance(parameter, click.Argument) or parameter.help, (command.name, parameter.name)
 
 
+def test_limits_are_those_of_the_modules_that_the_command_line_does_not_load():
+    from clipindex.decode import MAX_PIXELS
+    from clipindex.shards import MAX_BYTES
+
+    limits = {p.name: p for p in commands.commands["embed"].params if p.name in ("max_pixels", "max_bytes")}
+    for name, most in [("max_pixels", MAX_PIXELS), ("max_bytes", MAX_BYTES)]:
+        assert (limits[name].default, limits[name].type.max) == (most, most)
+
+
 def test_every_command_is_in_the_readme():
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     for name in commands.commands:

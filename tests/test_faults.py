@@ -5,17 +5,22 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import PixelEncoder
 from corpus import CRASHING_PLUGIN, HARMLESS, POISON, encoded, labelled, write_tar
 
+from clipindex.decode import decode_image
 from clipindex.embed_job import embed as embed_here
-from clipindex.errors import StoreError
+from clipindex.errors import ClipindexError, SampleError, StoreError
 from clipindex.fileio import create_temporary
+from clipindex.pipeline import alone
 from clipindex.pipeline.in_hand import InHand
 from clipindex.shards import list_shards
 from clipindex.store import published_shards, read_embeddings, read_rejects
@@ -82,6 +87,86 @@ def test_suspects_outlive_a_run_that_is_stopped_before_it_comes_to_them(tmp_path
         assert not hold("shard", "b")
     again.close(finished=True)
     assert not list(tmp_path.iterdir())
+
+
+def held_image(folder, host=None):
+    """What a killed run leaves that had image 'a' of 'shard' in hand."""
+    before = set(folder.glob(".run.*.hand"))
+    held = InHand(folder, 1, 1)
+    with held.decoding() as hold:
+        hold("shard", "a")
+        (path,) = set(folder.glob(".run.*.hand")) - before
+        content = path.read_bytes()
+    held.close(finished=True)
+    parts = path.name.split(".")
+    parts[2] = host or parts[2]
+    path.with_name(".".join(parts)).write_bytes(content)
+
+
+def test_suspects_of_another_host_are_heeded_at_once(tmp_path):
+    """A container has a new name for each run."""
+    held_image(tmp_path, host="another")
+    run = InHand(tmp_path, 1, 1)
+    with run.decoding() as hold:
+        assert hold("shard", "a")
+    run.close(finished=True)
+    assert len(list(tmp_path.iterdir())) == 1  # whether that host's run lives cannot be known for a day
+
+
+def test_suspects_of_a_run_that_dies_meanwhile_are_heeded(tmp_path):
+    write_tar(tmp_path / "corpus" / "a.tar", labelled(["a"]))
+    (shard,) = list_shards(str(tmp_path / "corpus"))
+    out = tmp_path / "out"
+    out.mkdir()
+    run = InHand(out, 1, 1)
+    with run.decoding() as hold:
+        assert not hold("shard", "a")
+        held_image(out)
+        assert not run.is_in_other_hands(shard)
+        assert hold("shard", "a")
+    run.close(finished=True)
+    assert not list(out.iterdir())
+
+
+OPTIONS = {"fast": False, "max_pixels": 10_000}
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "said"),
+    [
+        ("import os; os.kill(os.getpid(), 15)", ClipindexError, "was stopped"),
+        ("import os; os.kill(os.getpid(), 14)", SampleError, "hung for 120 s"),
+        ("import os; os.kill(os.getpid(), 40)", SampleError, "crashed"),
+        ("import ctypes; ctypes.string_at(0)", SampleError, "crashed \\(SIGSEGV\\)"),
+        ("raise RuntimeError('odd')", SampleError, "RuntimeError: odd"),
+    ],
+)
+def test_what_becomes_of_a_process_says_what_becomes_of_its_image(monkeypatch, code, error, said):
+    monkeypatch.setattr(alone, "_CODE", code)
+    decoder = alone.LoneDecoder(PixelEncoder().info.preprocess, **OPTIONS)
+    with pytest.raises(error, match=said) as raised:
+        decoder.decode(b"", np.zeros((32, 32, 3), np.uint8))
+    assert raised.type is error
+
+
+def test_alone_an_image_gives_the_same_pixels():
+    preprocess = PixelEncoder().info.preprocess
+    found, expected = np.zeros((2, 32, 32, 3), np.uint8)
+    decoder = alone.LoneDecoder(preprocess, **OPTIONS)
+    assert decoder.decode(encoded(), found) == decode_image(encoded(), preprocess, expected, **OPTIONS)
+    np.testing.assert_array_equal(found, expected)
+    with pytest.raises(SampleError, match="empty"):
+        decoder.decode(b"", found)
+
+
+def test_closing_ends_what_runs_alone(monkeypatch):
+    monkeypatch.setattr(alone, "_CODE", "import time; time.sleep(60)")
+    decoder = alone.LoneDecoder(PixelEncoder().info.preprocess, **OPTIONS)
+    threading.Timer(0.3, decoder.close).start()
+    started = time.monotonic()
+    with pytest.raises(ClipindexError, match="was stopped"):
+        decoder.decode(b"", np.zeros((32, 32, 3), np.uint8))
+    assert time.monotonic() - started < 20
 
 
 def wait_for(condition, seconds=60):
@@ -154,7 +239,7 @@ def test_a_shard_in_a_living_runs_hands_is_put_off_but_not_for_ever(tmp_path):
     out = tmp_path / "out"
     first = list_shards(str(tmp_path / "corpus" / "a.tar"))[0]
     hanging = InHand(out, 1, 1)
-    hanging.take_shard(0, first)
+    hanging.take_shard(first)
     done = embed([tmp_path / "corpus"], out)
     assert done.returncode == 0, done.stderr
     files = sorted((out / "embeddings").glob("*.parquet"), key=lambda path: path.stat().st_mtime_ns)

@@ -34,7 +34,7 @@ def tar_seeds():
 def image_seeds():
     small = picture(24, 20)
     yield encoded(small, "JPEG", progressive=True)
-    for form in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "TGA", "ICO"):
+    for form in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "TGA"):
         yield encoded(small, form)
     yield encoded(small.convert("CMYK"))
 

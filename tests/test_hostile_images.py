@@ -51,7 +51,7 @@ KINDS = [
     *CMYK, ("JPEG", "RGB", {}), ("JPEG", "RGB", {"progressive": True}), ("JPEG", "L", {}), ("PNG", "RGB", {}),
     ("PNG", "P", {}), ("PNG", "LA", {}), ("PNG", "I;16", {}), ("WEBP", "RGB", {}), ("WEBP", "RGB", {"lossless": True}),
     ("GIF", "P", {}), ("BMP", "RGB", {}), ("TIFF", "RGB", {}), ("TIFF", "RGB", {"compression": "tiff_lzw"}),
-    ("JPEG2000", "RGB", {}), ("AVIF", "RGB", {}), ("PPM", "RGB", {}), ("TGA", "RGB", {}), ("ICO", "RGB", {}),
+    ("JPEG2000", "RGB", {}), ("AVIF", "RGB", {}), ("PPM", "RGB", {}), ("TGA", "RGB", {}),
 ]  # fmt: skip
 
 
@@ -170,6 +170,37 @@ def test_bombs_are_known_by_their_headers(form):
     with pytest.raises(SampleError, match="96 x 64 pixels.*above 5000"):
         decoded(encoded(form=form), max_pixels=5000)
     assert decoded(encoded(form=form), max_pixels=96 * 64)[1] == (96, 64)
+
+
+def test_a_tile_larger_than_its_image_is_counted():
+    data = bytearray(encoded(picture(64, 64), "TIFF", compression="raw"))
+    count_at = int.from_bytes(data[4:8], "little")
+    num_tags = int.from_bytes(data[count_at : count_at + 2], "little")
+    for at in range(count_at + 2, count_at + 2 + 12 * num_tags, 12):
+        tag = int.from_bytes(data[at : at + 2], "little")
+        if tag in (273, 278, 279):  # a strip becomes a tile of 20,000 x 20,000
+            new = {273: 324, 278: 323, 279: 325}[tag]
+            data[at : at + 2] = new.to_bytes(2, "little")
+            if new == 323:
+                data[at + 8 : at + 12] = (20_000).to_bytes(4, "little")
+        if tag == 284:  # planar configuration is 1 by default: its place is taken
+            data[at : at + 12] = struct.pack("<HHII", 322, 4, 1, 20_000)
+    with pytest.raises(SampleError, match="tiles of 20000 x 20000"):
+        decoded(bytes(data))
+
+
+def test_scans_without_end_are_refused():
+    whole = encoded(picture(64, 64), progressive=True)
+    first = whole.index(b"\xff\xda")
+    empty_scan = b"\xff\xda\x00\x08\x01\x01\x00\x00\x00\x00"
+    with pytest.raises(SampleError, match="5[0-9][0-9] scans"):
+        decoded(whole[:first] + empty_scan * 500 + whole[first:])
+
+
+def test_icons_are_not_opened():
+    """Pillow decodes them before anybody can ask for their size."""
+    with pytest.raises(SampleError, match="no image that Pillow knows"):
+        decoded(encoded(form="ICO"))
 
 
 def test_heif_is_decoded_where_a_decoder_is():

@@ -125,7 +125,9 @@ def with_field(data: bytes, start: int, value: bytes) -> bytes:
     return bytes(changed)
 
 
-@pytest.mark.parametrize("size", [b"-0000001000\0", b"1_00\0", b"0x10\0", b"\xff" * 12, b"\x80\x7f" + b"\xff" * 10])
+@pytest.mark.parametrize(
+    "size", [b"-0000001000\0", b"1_00\0", b"0x10\0", b"\xff" * 12, b"\x80" + (1 << 44).to_bytes(11, "big")]
+)
 def test_sizes_that_no_file_has_are_damage(tmp_path, size):
     data = write_tar(tmp_path / "t.tar", [("a.jpg", b"x" * 700)]).read_bytes()
     with pytest.raises(ShardError, match="damaged"):

@@ -1,5 +1,6 @@
 """Each stage by itself, and all together, each beside its ceiling."""
 
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -122,9 +123,11 @@ def measure_write(folder: Path, info: ModelInfo) -> Measurement:
         Sample(key=f"{at:08}", member=f"{at:08}.jpg", image=b"", tar_offset=0, label=at) for at in range(WRITE_BATCH)
     ]
     dataset = open_dataset(folder, info, "float16", CREATED_BY)
-    shard = Shard(url=str(folder / "0.tar"), name="0", size=0, version="")
+    versions = itertools.count()
 
     def write() -> int:
+        # Of a tar that is new each time; what is published already is not written again.
+        shard = Shard(url=str(folder / "0.tar"), name="0", size=0, version=str(next(versions)))
         writer = ShardWriter(folder, shard, dataset)
         for _ in range(WRITE_ROWS // WRITE_BATCH):
             writer.append(samples, embeddings, np.ones(WRITE_BATCH, np.float32), [(1, 1)] * WRITE_BATCH)
@@ -145,16 +148,20 @@ def measure_write(folder: Path, info: ModelInfo) -> Measurement:
 def measure_end_to_end(
     tars: Sequence[str], folder: Path, spec: ModelSpec, precision: str, device: str, batch_size: int, slowest: float
 ) -> Measurement:
-    """Images/s of the whole job from tars to Parquet, the model's loading apart."""
-    summary = embed(
-        tars,
-        folder,
-        model=spec.name,
-        random_init=spec.random_init,
-        precision=precision,
-        device=device,
-        batch_size=batch_size,
-    )
+    """Images/s of the whole job, loading the model apart: the better of two runs, as a stage is the best of some."""
+    runs = [
+        embed(
+            tars,
+            folder / str(at),
+            model=spec.name,
+            random_init=spec.random_init,
+            precision=precision,
+            device=device,
+            batch_size=batch_size,
+        )
+        for at in range(2)
+    ]
+    summary = max(runs, key=lambda one: one.images_per_s)
     busy = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in summary.stages.busy.items())
     return Measurement(
         stage="end to end",

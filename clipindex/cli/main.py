@@ -23,43 +23,47 @@ def main() -> None:
 def run(arguments: Sequence[str]) -> int:
     """Run one command; its exit status."""
     _set_up_logging()
-    _stop_on(signal.SIGTERM)
+    stopped_by: list[int] = []
+    _stop_on(signal.SIGTERM, stopped_by)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup has it ignored
-        _stop_on(signal.SIGHUP)
+        _stop_on(signal.SIGHUP, stopped_by)
     try:
         return commands.main(list(arguments), prog_name="clipindex", standalone_mode=False) or 0
     except click.ClickException as error:
         error.show()
         return error.exit_code
     except UsageError as error:
-        click.echo(f"error: {error}", err=True)
+        _say(f"error: {error}")
         return 2
     except ClipindexError as error:
-        click.echo(f"error: {error}", err=True)
+        _say(f"error: {error}")
         return 1
-    except OSError as error:  # a full disk, a missing right: the system's own words, without the traceback
-        click.echo(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", err=True)
+    except (OSError, _Terminated) as error:
+        if stopped_by:  # on its way up, a bar may have met a terminal that has gone
+            _say("terminated: published shards are kept; run again to go on")
+            return 128 + stopped_by[0]
+        assert isinstance(error, OSError)  # a full disk, a missing right: the system's words, without the traceback
+        _say(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
         return 1
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted: published shards are kept; run again to go on", err=True)
+        _say("interrupted: published shards are kept; run again to go on")
         return 128 + signal.SIGINT
-    except _Terminated as terminated:
-        with contextlib.suppress(OSError):  # the terminal may be what has gone
-            click.echo("terminated: published shards are kept; run again to go on", err=True)
-        return 128 + terminated.number
+
+
+def _say(message: str) -> None:
+    with contextlib.suppress(OSError):  # who should read it may have gone
+        click.echo(message, err=True)
 
 
 class _Terminated(BaseException):
     """SIGTERM or SIGHUP, travelling up the stack like KeyboardInterrupt so that everything is closed on its way."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
 
-
-def _stop_on(number: signal.Signals) -> None:
+def _stop_on(number: signal.Signals, stopped_by: list[int]) -> None:
     def stop(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_DFL)  # a second one ends at once
-        raise _Terminated(number)
+        stopped_by.append(number)
+        raise _Terminated
 
     signal.signal(number, stop)
 

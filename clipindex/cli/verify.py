@@ -17,7 +17,7 @@ FAULTS_SHOWN = 20
 @click.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--deep", is_flag=True, help="Read the tars again too, and embed some of their images anew.")
-@click.option("--sample", type=click.IntRange(0), default=256, show_default=True,
+@click.option("--sample", type=click.IntRange(1), default=256, show_default=True,
               help="Rows to embed anew with --deep, drawn at random.")  # fmt: skip
 @model_options(required=False)
 @json_option

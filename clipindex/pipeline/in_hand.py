@@ -3,9 +3,9 @@
     DIR/.run.HOST.PID.TOKEN.hand    cells of 24 bytes: kind (8), digest (16); zeros where nothing is in hand
 
 While the run lives, others leave its shards to it. Had it died, the images are suspects: one of them may have taken the
-process with it. The run that finds the file decodes those in processes of their own, so that no image ends a night
-twice. A file that is locked while its run lives needs nobody to remove it; where the file system has no locks, runs do
-each other's shards again, and the first to publish wins.
+process with it. Runs that find the file decode those in processes of their own, so that no image ends a night twice.
+A file that is locked while its run lives needs nobody to remove it; where the file system has no locks, runs do each
+other's shards again, and the first to publish wins.
 """
 
 import contextlib
@@ -17,8 +17,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from clipindex.errors import StoreError
-from clipindex.fileio import create_temporary, read_from_the_living, take_from_the_dead
+from clipindex.fileio import create_temporary, read_temporaries
 from clipindex.types import Shard
+
+SHARDS_IN_FLIGHT = 8
+"""Of a pipeline: one is read while what came before waits to be published."""
 
 _NAME, _SUFFIX = "run", ".hand"
 _SHARD, _IMAGE = b"shard\0\0\0", b"image\0\0\0"
@@ -31,58 +34,92 @@ Hold = Callable[[str, str], bool]
 
 
 class InHand:
-    """This run's file; `close` ends it."""
+    """This run's file; `close` ends it. Its methods may be called by any thread."""
 
     def __init__(self, folder: Path, num_pipelines: int, num_decoders: int) -> None:
         self._folder = folder
-        dead = take_from_the_dead(folder, _NAME, _SUFFIX)
-        self._suspects = frozenset(digest for state in dead for digest in _digests(state, _IMAGE))
+        self._lock = threading.Lock()
+        self._suspects: set[bytes] = set()
+        num_shards = num_pipelines * SHARDS_IN_FLIGHT
+        self._shard_cells: dict[str, int] = {}
+        self._free_shard_cells = list(range(num_shards))
+        self._decoder_cells = itertools.count(num_shards)
+        self._thread = threading.local()
         try:
             self._path, self._file = create_temporary(folder / _NAME, _SUFFIX)
-            # Allocated now, so that no write can find the disk full; suspects stay until the run ends well.
-            inherited = b"".join(_IMAGE + digest for digest in sorted(self._suspects))
-            self._file.write(_NOTHING * (num_pipelines + num_decoders) + inherited)
+            # Allocated now, so that no write of a cell finds the disk full.
+            self._file.write(_NOTHING * (num_shards + num_decoders))
             self._file.flush()
+            self._look_around()
         except OSError as error:
             raise StoreError(f"{folder}: {error.strerror or error}; embeddings cannot be written there") from error
-        self._free_cells = itertools.count(num_pipelines)
-        self._thread = threading.local()
 
-    def take_shard(self, pipeline: int, shard: Shard) -> None:
-        """Say that a pipeline embeds this shard now, and none of its earlier ones."""
-        self._write(pipeline, _SHARD, _digest(shard.name))
+    def take_shard(self, shard: Shard) -> None:
+        """Say that this run embeds a shard now."""
+        with self._lock:
+            if self._free_shard_cells:  # else so many are so small that doing one twice costs little
+                cell = self._shard_cells[shard.name] = self._free_shard_cells.pop()
+                self._write(cell, _SHARD + _digest(shard.name))
+
+    def let_go(self, shard: Shard) -> None:
+        """Say that it is done with."""
+        with self._lock:
+            cell = self._shard_cells.pop(shard.name, None)
+            if cell is not None:
+                self._write(cell, _NOTHING)
+                self._free_shard_cells.append(cell)
 
     def is_in_other_hands(self, shard: Shard) -> bool:
-        """Whether a run that lives, other than this one, has said so."""
-        wanted = _digest(shard.name)
-        others = (state for path, state in read_from_the_living(self._folder, _NAME, _SUFFIX) if path != self._path)
-        return any(wanted in _digests(state, _SHARD) for state in others)
+        """Whether another run that lives has said so. Learns of suspects, if one has died meanwhile."""
+        return _digest(shard.name) in self._look_around()
 
     @contextlib.contextmanager
     def decoding(self) -> Iterator[Hold]:
         """For a decode thread: tell it each image that the thread takes up; the last one is let go with the block."""
         cell = getattr(self._thread, "cell", None)
         if cell is None:
-            cell = self._thread.cell = next(self._free_cells)
+            cell = self._thread.cell = next(self._decoder_cells)
 
         def hold(shard_name: str, key: str) -> bool:
             digest = _digest(f"{shard_name}\0{key}")
-            self._write(cell, _IMAGE, digest)
+            self._write(cell, _IMAGE + digest)
             return digest in self._suspects
 
         try:
             yield hold
         finally:
-            os.pwrite(self._file.fileno(), _NOTHING, cell * _CELL_BYTES)
+            self._write(cell, _NOTHING)
 
     def close(self, *, finished: bool) -> None:
-        """Remove the file; a run that did not get to the end leaves its suspects to the next."""
+        """Remove the file; a run that did not do all it was given leaves its suspects to the next."""
         if finished or not self._suspects:
             self._path.unlink(missing_ok=True)
         self._file.close()
 
-    def _write(self, cell: int, kind: bytes, digest: bytes) -> None:
-        os.pwrite(self._file.fileno(), kind + digest, cell * _CELL_BYTES)
+    def _look_around(self) -> set[bytes]:
+        """Shards in the hands of others that may live; images of those that may be dead become suspects."""
+        shards: set[bytes] = set()
+        with self._lock:
+            for other in read_temporaries(self._folder, _NAME, _SUFFIX):
+                if other.path == self._path:
+                    continue
+                if not other.is_dead:
+                    shards.update(_digests(other.content, _SHARD))
+                if not other.is_locked:
+                    self._suspect(set(_digests(other.content, _IMAGE)) - self._suspects)
+                if other.is_dead:  # and what it held is in this run's file by now
+                    other.path.unlink(missing_ok=True)
+        return shards
+
+    def _suspect(self, images: set[bytes]) -> None:
+        if images:
+            self._suspects |= images
+            self._file.seek(0, os.SEEK_END)
+            self._file.write(b"".join(_IMAGE + digest for digest in sorted(images)))
+            self._file.flush()
+
+    def _write(self, cell: int, content: bytes) -> None:
+        os.pwrite(self._file.fileno(), content, cell * _CELL_BYTES)
 
 
 def _digest(text: str) -> bytes:

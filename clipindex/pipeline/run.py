@@ -16,11 +16,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from clipindex.decode import MAX_PIXELS, decode_image
-from clipindex.pipeline.alone import decode_alone
+from clipindex.pipeline.alone import LoneDecoder
 from clipindex.pipeline.batch import Batch, EncodedBatch
 from clipindex.pipeline.feed import Decode, decoded, lay_batches
 from clipindex.pipeline.home import Counts, Home, ShardResult
@@ -31,6 +32,7 @@ from clipindex.store import Dataset, published_record
 from clipindex.threads import merge, num_cores, prefetch
 from clipindex.types import Float32Array, ImageEncoder, Reject, Shard, UInt8Array
 
+Item = TypeVar("Item")
 Encode = Callable[[UInt8Array], tuple[Float32Array, Float32Array]]
 """As `ImageEncoder.encode`."""
 
@@ -86,64 +88,82 @@ def embed_shards(
     """
     threads = max(1, (decode_threads or num_cores()) // len(encoders))
     waiting = deque(shards)
+    num_shards = len(waiting)
     clocks = [StageClock(threads) for _ in encoders]
     counts = [Counts()] * len(encoders)
     lock = threading.Lock()
     in_hand = InHand(folder, len(encoders), threads * len(encoders))
     elsewhere: deque[ShardResult] = deque()
+    put_off: set[str] = set()
 
     def pipeline(at: int, encoder: ImageEncoder) -> Generator[ShardResult, None, None]:
+        preprocess = encoder.info.preprocess
+        alone = LoneDecoder(preprocess, fast=fast_decode, max_pixels=max_pixels)
+
         def decode(data: bytes, out: UInt8Array, is_suspect: bool) -> tuple[int, int]:
-            how = decode_alone if is_suspect else decode_image
-            return how(data, encoder.info.preprocess, out, fast=fast_decode, max_pixels=max_pixels)
+            if is_suspect:
+                return alone.decode(data, out)
+            return decode_image(data, preprocess, out, fast=fast_decode, max_pixels=max_pixels)
 
         def laid(stage: Decode, buffers: Sequence[UInt8Array], pool: ThreadPoolExecutor) -> Iterator[Batch]:
-            mine = _taken(waiting, folder, in_hand, at, elsewhere)
+            mine = _taken(waiting, put_off, folder, in_hand, elsewhere)
             return lay_batches(mine, stage, buffers, pool, in_hand, max_bytes=max_bytes, salvage=salvage)
 
         home = Home(folder, dataset, encoder, "fast" if fast_decode else "exact")
-        with contextlib.closing(_embed_on(encoder, laid, decode, home, batch_size, clocks[at])) as batches:
+        with (
+            contextlib.closing(_embed_on(encoder, laid, decode, home, batch_size, clocks[at])) as batches,
+            contextlib.closing(alone),  # first, or the others would wait for it
+        ):
             for finished in batches:
-                yield from finished
+                for result in (*finished, *_drained(elsewhere)):
+                    in_hand.let_go(result.shard)
+                    yield result
                 with lock:
                     counts[at] = home.counts()
                     total = Counts(*map(sum, zip(*counts, strict=True)))
                     on_progress(Progress(counts=total, stages=stage_times(clocks)))
-                while elsewhere:
-                    yield elsewhere.popleft()
 
     pipelines = [pipeline(at, encoder) for at, encoder in enumerate(encoders)]
-    finished = False
+    num_published = 0
     try:
-        yield from pipelines[0] if len(pipelines) == 1 else merge(pipelines, 1)
-        finished = True
+        with contextlib.closing(pipelines[0] if len(pipelines) == 1 else merge(pipelines, 1)) as results:
+            for result in results:
+                num_published += result.record is not None and result.is_ours
+                yield result
     finally:
-        in_hand.close(finished=finished)
+        in_hand.close(finished=num_published == num_shards)
 
 
 def _taken(
-    waiting: deque[Shard], folder: Path, in_hand: InHand, pipeline: int, elsewhere: deque[ShardResult]
+    waiting: deque[Shard], put_off: set[str], folder: Path, in_hand: InHand, elsewhere: deque[ShardResult]
 ) -> Iterator[Shard]:
-    """Whatever is next when a pipeline asks; taking from a deque is atomic.
+    """Whatever is next when a pipeline asks.
 
     A shard in another run's hands is put off once. If it is still not published by then, it is done here too: nothing
     waits for a run that hangs.
     """
-    put_off: set[str] = set()
-    with contextlib.suppress(IndexError):
-        while True:
-            shard = waiting.popleft()
-            record = published_record(folder, shard)
-            if record is not None:
-                elsewhere.append(
-                    ShardResult(shard=shard, record=record, error=None, reject_stages=Counter(), is_ours=False)
-                )
-            elif shard.name not in put_off and in_hand.is_in_other_hands(shard):
-                put_off.add(shard.name)
-                waiting.append(shard)
-            else:
-                in_hand.take_shard(pipeline, shard)
-                yield shard
+    for shard in _drained(waiting):
+        record = published_record(folder, shard)
+        if record is not None:
+            elsewhere.append(
+                ShardResult(shard=shard, record=record, error=None, reject_stages=Counter(), is_ours=False)
+            )
+        elif in_hand.is_in_other_hands(shard) and shard.name not in put_off:
+            put_off.add(shard.name)
+            waiting.append(shard)
+        else:
+            in_hand.take_shard(shard)
+            yield shard
+
+
+def _drained(items: deque[Item]) -> Iterator[Item]:
+    """What is there, and what comes meanwhile; other threads may do the same, since taking from a deque is atomic."""
+    while True:
+        try:
+            item = items.popleft()
+        except IndexError:
+            return
+        yield item
 
 
 def _embed_on(
