@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw
 
 from clipindex.embed_job import embed
 from clipindex.errors import UsageError
-from clipindex.fileio import read_range
 from clipindex.store import read_embeddings
+from clipindex.urls import read_range
 from clipindex.zeroshot import ClassifySummary, classify
 
 DATA = Path(__file__).parent / "demo_data"

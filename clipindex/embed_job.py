@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from clipindex.allocator import keep_freed_memory
+from clipindex.atomic import atomic_write
 from clipindex.batch_size import fastest_batch_size
 from clipindex.decode import MAX_PIXELS
 from clipindex.encode import ImageTower, choose_devices, choose_precision
 from clipindex.errors import FingerprintError, UsageError
-from clipindex.fileio import atomic_write
 from clipindex.models import load_model
 from clipindex.pipeline import Progress, embed_shards
 from clipindex.shards import MAX_BYTES, list_shards

@@ -18,9 +18,9 @@ from typing import BinaryIO, cast
 from urllib.parse import urlsplit
 
 from clipindex.errors import ShardError, SourceError
-from clipindex.fileio import is_remote, list_files, list_matches, local_path, open_source, stat_source
 from clipindex.tar import Member, read_members
 from clipindex.types import Reject, Sample, Shard
+from clipindex.urls import is_remote, list_files, list_matches, local_path, open_source, stat_source
 
 IMAGE_EXTENSIONS = tuple("webp png jpg jpeg jfif bmp gif tif tiff jp2 j2k avif heic heif ppm pgm pbm pnm tga".split())
 """Looked up in this order; the first four, in theirs, are those of CLIP_benchmark's data sets."""

@@ -15,7 +15,6 @@ import pyarrow as pa
 from clipindex.decode import decode_image
 from clipindex.encode import ImageTower, choose_device, choose_precision
 from clipindex.errors import SampleError, ShardError, SourceError, StoreError
-from clipindex.fileio import read_range, stat_source
 from clipindex.models import load_model
 from clipindex.shards import read_samples, shard_name
 from clipindex.store import (
@@ -29,6 +28,7 @@ from clipindex.store import (
     read_rejects,
 )
 from clipindex.types import ImageEncoder, ModelSpec, Reject, Sample, Shard, UInt8Array
+from clipindex.urls import read_range, stat_source
 
 UNIT_TOLERANCE = 1e-3
 """Of an embedding's length; rounding to float16 moves it by less."""

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipindex.atomic import atomic_write, remove_stale_temporaries
 from clipindex.decode import decode_image
 from clipindex.encode import ImageTower, TextTower, choose_devices, choose_precision
 from clipindex.errors import ClassesError, SampleError, SourceError, UsageError
-from clipindex.fileio import atomic_write, remove_stale_temporaries
 from clipindex.index import Neighbours, flat_index, scan
 from clipindex.metrics import ClassificationCounts
 from clipindex.models import LoadedModel, load_model

@@ -16,10 +16,10 @@ import pytest
 from conftest import PixelEncoder
 from corpus import CRASHING_PLUGIN, HARMLESS, POISON, encoded, labelled, write_tar
 
+from clipindex.atomic import create_temporary
 from clipindex.decode import decode_image
 from clipindex.embed_job import embed as embed_here
 from clipindex.errors import ClipindexError, SampleError, StoreError
-from clipindex.fileio import create_temporary
 from clipindex.pipeline import alone
 from clipindex.pipeline.in_hand import InHand
 from clipindex.shards import list_shards

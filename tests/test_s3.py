@@ -3,8 +3,8 @@
 import pytest
 from corpus import labelled, write_tar
 
-from clipindex.fileio import read_range
 from clipindex.shards import list_shards, read_samples
+from clipindex.urls import read_range
 
 pytest.importorskip("s3fs")
 

@@ -20,8 +20,8 @@ import numpy as np
 import PIL
 from PIL import Image, ImageChops, ImageFilter
 
+from clipindex.atomic import atomic_write, remove_stale_temporaries
 from clipindex.errors import UsageError
-from clipindex.fileio import atomic_write, remove_stale_temporaries
 from clipindex.shards import list_shards, read_samples
 from clipindex.threads import map_in_order, num_cores
 from clipindex.types import Sample

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from clipindex.atomic import atomic_write, remove_stale_temporaries
 from clipindex.errors import ClassesError, SourceError, UsageError
-from clipindex.fileio import atomic_write, remove_stale_temporaries
 from clipindex.packing.cifar import find_cifar
 from clipindex.packing.sources import PackReject, Source, SourceImage, open_cifar, open_folder
 from clipindex.packing.table import TAB_SUFFIXES, open_table

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from operator import itemgetter
 from pathlib import Path
 
-from clipindex.fileio import atomic_write
+from clipindex.atomic import atomic_write
 from clipindex.packing.sources import SourceImage
 
 MAX_PART_BYTES = 200

@@ -7,12 +7,12 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from clipindex.errors import SampleError, ShardError, SourceError
-from clipindex.fileio import stat_source
 from clipindex.pipeline.batch import Batch, Outcome, ShardEnd, sample_reject
 from clipindex.pipeline.in_hand import InHand
 from clipindex.shards import read_samples
 from clipindex.stages import StageClock
 from clipindex.types import Reject, Sample, Shard, UInt8Array
+from clipindex.urls import stat_source
 
 Decode = Callable[[bytes, UInt8Array, bool], tuple[int, int]]
 """Writes an encoded image's pixels [H, W, 3] and returns its own width and height; raises SampleError. The last

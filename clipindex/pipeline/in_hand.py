@@ -16,8 +16,8 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from clipindex.atomic import create_temporary, read_temporaries
 from clipindex.errors import StoreError
-from clipindex.fileio import create_temporary, read_temporaries
 from clipindex.types import Shard
 
 SHARDS_IN_FLIGHT = 8

@@ -1,0 +1,49 @@
+"""Embedding directories: what is written for each shard, and how it is read back.
+
+    DIR/dataset.json               format version, model, dim, dtype
+    DIR/embeddings/<name>.parquet  one per tar; it is there whole, or not at all
+    DIR/rejects/<name>.parquet     samples of that tar that did not become rows; only where there are any
+
+Row id = (shard, row). The footer of each embeddings file carries, under the key `clipindex`, a `ShardRecord` as JSON.
+"""
+
+from clipindex.store.dataset import (
+    DTYPES,
+    ROW_GROUP_ROWS,
+    Dataset,
+    ShardRecord,
+    check_fingerprint,
+    describe_model,
+    open_dataset,
+    read_dataset,
+)
+from clipindex.store.read import (
+    EmbeddingBatch,
+    published_record,
+    published_shards,
+    read_embeddings,
+    read_labels,
+    read_record,
+    read_rejects,
+)
+from clipindex.store.write import AtomicParquet, ShardWriter
+
+__all__ = [
+    "DTYPES",
+    "ROW_GROUP_ROWS",
+    "AtomicParquet",
+    "Dataset",
+    "EmbeddingBatch",
+    "ShardRecord",
+    "ShardWriter",
+    "check_fingerprint",
+    "describe_model",
+    "open_dataset",
+    "published_record",
+    "published_shards",
+    "read_dataset",
+    "read_embeddings",
+    "read_labels",
+    "read_record",
+    "read_rejects",
+]

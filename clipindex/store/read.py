@@ -1,0 +1,187 @@
+"""Reading a directory back: records, rows, labels and rejects."""
+
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from clipindex.errors import FingerprintError, StoreError
+from clipindex.store.dataset import (
+    FOOTER_KEY,
+    REJECT_SCHEMA,
+    ROW_GROUP_ROWS,
+    Dataset,
+    ShardRecord,
+    embedding_schema,
+    read_dataset,
+)
+from clipindex.types import Shard
+
+_DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
+"""What Arrow raises at damaged files: names of columns may be no UTF-8 any more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EmbeddingBatch:
+    """Consecutive rows of one shard."""
+
+    shard: ShardRecord
+    first_row: int
+    """Row number, within the shard, of the first row."""
+    embedding: np.ndarray[Any, Any]
+    """Unit vectors [n, D], in the directory's dtype: a view of what Arrow read, the batch's own."""
+    columns: dict[str, Any]
+    """The other columns that were asked for, as Arrow arrays of length n."""
+
+
+def published_shards(folder: str | Path) -> dict[str, ShardRecord]:
+    """Records of all published shards of a directory, by name, in name order.
+
+    Raises:
+        StoreError: A file in embeddings/ is not one of clipindex.
+    """
+    paths = sorted((Path(folder) / "embeddings").glob("[!.]*.parquet"))
+    with ThreadPoolExecutor(8) as pool:  # a footer is one small read; on a network file system, one round trip
+        return {path.stem: record for path, record in zip(paths, pool.map(read_record, paths), strict=True)}
+
+
+def published_record(folder: Path, shard: Shard) -> ShardRecord | None:
+    """The record of a shard that is published, from the tar as it is now; None otherwise.
+
+    Raises:
+        StoreError: The file that should hold it is damaged.
+    """
+    path = folder / "embeddings" / f"{shard.name}.parquet"
+    if not path.exists():
+        return None
+    record = read_record(path)
+    return record if (record.size, record.version) == (shard.size, shard.version) else None
+
+
+def read_record(path: Path) -> ShardRecord:
+    """The record in an embeddings file's footer.
+
+    Raises:
+        StoreError: The file is not Parquet, or not of clipindex.
+    """
+    with _open_parquet(path) as file:
+        footer = file.metadata.metadata or {}
+        rows = file.metadata.num_rows
+    try:
+        record = ShardRecord(**json.loads(footer[FOOTER_KEY]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{path} was not written by clipindex; move it out of embeddings/") from error
+    if record.rows != rows or record.rows + record.rejects != record.samples or record.name != path.stem:
+        raise StoreError(f"{path}: its footer contradicts it; delete it and embed its tar again")
+    return record
+
+
+def read_rejects(folder: str | Path, name: str) -> pa.Table:
+    """Rejects of one published shard (key, member, stage, reason, tar_offset); no rows where it has none.
+
+    Raises:
+        StoreError: A file is damaged, or the rejects are not those of the shard's embeddings.
+    """
+    expected = read_record(Path(folder) / "embeddings" / f"{name}.parquet").rejects
+    if not expected:  # a file there is of an earlier run, stopped before it was removed
+        return REJECT_SCHEMA.empty_table()
+    path = Path(folder) / "rejects" / f"{name}.parquet"
+    with _open_parquet(path) as file:
+        try:
+            rejects = file.read()
+            rejects.validate(full=True)
+        except _DAMAGE as error:
+            raise StoreError(f"{path} is damaged ({error}); delete embeddings/{name}.parquet and run again") from error
+    if not rejects.schema.equals(REJECT_SCHEMA):
+        raise StoreError(f"{path} is no file of rejects; delete embeddings/{name}.parquet and run again")
+    if rejects.num_rows != expected:
+        wrong = f"{rejects.num_rows} rejects instead of {expected}"
+        raise StoreError(f"{path} has {wrong}; delete embeddings/{name}.parquet and run again")
+    return rejects
+
+
+def read_embeddings(
+    folder: str | Path, columns: Sequence[str] = (), names: Sequence[str] | None = None
+) -> Iterator[EmbeddingBatch]:
+    """Stream a directory's rows, shard by shard in name order and row group by row group.
+
+    Args:
+        folder: The embedding directory.
+        columns: What to read beside the embeddings: any of the schema's columns.
+        names: Shards to read; all published ones by default.
+
+    Yields:
+        At most 2 x `ROW_GROUP_ROWS` rows at a time; nothing of earlier batches is kept.
+
+    Raises:
+        StoreError: A file is damaged, or was made by another model than the directory's.
+    """
+    folder = Path(folder)
+    dataset = read_dataset(folder)
+    if names is None:
+        names = sorted(path.stem for path in (folder / "embeddings").glob("[!.]*.parquet"))
+    for name in names:
+        path = folder / "embeddings" / f"{name}.parquet"
+        record = read_record(path)
+        if record.fingerprint != dataset.model.fingerprint:
+            raise FingerprintError(
+                f"{path} has fingerprint {record.fingerprint[:12]}, its directory {dataset.model.fingerprint[:12]};"
+                " delete it and embed its tar again"
+            )
+        yield from _read_file(path, record, dataset, columns)
+
+
+def read_labels(folder: str | Path, names: Sequence[str] | None = None) -> Iterator[tuple[str, pa.Array, pa.Array]]:
+    """Shard name, keys and labels of each row group, without reading its embeddings.
+
+    Raises:
+        StoreError: A file is damaged, or not of clipindex.
+    """
+    embeddings = Path(folder) / "embeddings"
+    for name in names if names is not None else sorted(path.stem for path in embeddings.glob("[!.]*.parquet")):
+        read_record(embeddings / f"{name}.parquet")  # refuses what is not ours, which may lack the columns
+        with _open_parquet(embeddings / f"{name}.parquet") as file:
+            try:
+                for batch in file.iter_batches(ROW_GROUP_ROWS, columns=["key", "label"]):
+                    yield name, batch.column("key"), batch.column("label")
+            except _DAMAGE as error:
+                raise StoreError(f"{embeddings / name}.parquet is damaged ({error}); embed its tar again") from error
+
+
+def _read_file(path: Path, record: ShardRecord, dataset: Dataset, columns: Sequence[str]) -> Iterator[EmbeddingBatch]:
+    row = 0
+    with _open_parquet(path) as file:
+        expected = embedding_schema(dataset.model.dim, dataset.dtype)
+        if not file.schema_arrow.equals(expected):
+            raise StoreError(f"{path}: columns are not those of {dataset.model.dim}-d {dataset.dtype} embeddings")
+        for group in range(file.num_row_groups):
+            try:
+                table = file.read_row_group(group, columns=["embedding", *columns], use_threads=False)
+            except _DAMAGE as error:
+                raise StoreError(f"{path} is damaged ({error}); delete it and embed its tar again") from error
+            for batch in table.to_batches():
+                flat = batch.column("embedding").flatten()
+                # Through the buffer, since Arrow's own views are read-only, which PyTorch will not take.
+                values = np.frombuffer(flat.buffers()[1], dataset.dtype)[flat.offset : flat.offset + len(flat)]
+                yield EmbeddingBatch(
+                    shard=record,
+                    first_row=row,
+                    embedding=values.reshape(batch.num_rows, dataset.model.dim),
+                    columns={column: batch.column(column) for column in columns},
+                )
+                row += batch.num_rows
+
+
+def _open_parquet(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, memory_map=True)
+    except FileNotFoundError:
+        raise StoreError(f"{path} is missing") from None
+    except _DAMAGE as error:
+        raise StoreError(f"{path} is damaged ({error}); delete it and embed its tar again") from error
