@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from clipindex.errors import ClipindexError
     from clipindex.models import load_model
     from clipindex.packing import PackSummary, pack
+    from clipindex.retrieval import Filter, Hit, Query, read_image, search
     from clipindex.shards import list_shards, read_samples
     from clipindex.store import read_dataset, read_embeddings, read_rejects
     from clipindex.types import ModelSpec
@@ -26,8 +27,11 @@ _HOMES = {
     "ClassifySummary": "zeroshot",
     "ClipindexError": "errors",
     "EmbedSummary": "embed_job",
+    "Filter": "retrieval",
+    "Hit": "retrieval",
     "ModelSpec": "types",
     "PackSummary": "packing",
+    "Query": "retrieval",
     "VerifySummary": "verification",
     "build_classifier": "zeroshot",
     "classify": "zeroshot",
@@ -38,8 +42,10 @@ _HOMES = {
     "pack": "packing",
     "read_dataset": "store",
     "read_embeddings": "store",
+    "read_image": "retrieval",
     "read_rejects": "store",
     "read_samples": "shards",
+    "search": "retrieval",
     "verify": "verification",
 }
 
@@ -47,8 +53,11 @@ __all__ = [
     "ClassifySummary",
     "ClipindexError",
     "EmbedSummary",
+    "Filter",
+    "Hit",
     "ModelSpec",
     "PackSummary",
+    "Query",
     "VerifySummary",
     "__version__",
     "build_classifier",
@@ -60,8 +69,10 @@ __all__ = [
     "pack",
     "read_dataset",
     "read_embeddings",
+    "read_image",
     "read_rejects",
     "read_samples",
+    "search",
     "verify",
 ]
 

@@ -1,6 +1,5 @@
 """The whole way on shipped images with the shipped model, without a network."""
 
-import io
 import json
 import random
 import shutil
@@ -10,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from PIL import Image, ImageDraw
 
 from clipindex.embed_job import embed
 from clipindex.errors import UsageError
+from clipindex.sheet import Tile, contact_sheet
 from clipindex.store import read_embeddings
 from clipindex.urls import read_range
 from clipindex.zeroshot import ClassifySummary, classify
@@ -29,10 +28,9 @@ _MARKER = "demo.json"
 BATCH_SIZE = 64
 """Said, because measuring it would take longer than these few images do."""
 
-_TILE = 72
+_SIDE = 64
 _COLUMNS = 12
 _ROWS_PER_SET = 3
-_CAPTION = 26
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,23 +109,11 @@ def _step(name: str, about: str, folder: Path) -> DemoStep:
 
 def _draw_sheet(folder: Path) -> None:
     """Images cut out of their tars by offset, with the class each was taken for; wrong ones in red."""
-    num_rows = _ROWS_PER_SET * len(CLASSIFIED)
-    sheet = Image.new("RGB", (_COLUMNS * _TILE, num_rows * (_TILE + _CAPTION)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for block, name in enumerate(CLASSIFIED):
-        for at, (data, predicted, right) in enumerate(_spread(list(_predictions(folder / name)))):
-            x = at % _COLUMNS * _TILE
-            y = (block * _ROWS_PER_SET + at // _COLUMNS) * (_TILE + _CAPTION)
-            with Image.open(io.BytesIO(data)) as image:
-                sheet.paste(
-                    image.convert("RGB").resize((_TILE - 8, _TILE - 8), Image.Resampling.NEAREST),
-                    (x + 4, y + 4),
-                )
-            words = predicted.replace(" ", "\n")
-            draw.multiline_text(
-                (x + 6, y + _TILE - 3), words, fill="black" if right else "red", spacing=0, font_size=11
-            )
-    sheet.save(folder / SHEET_FILE)
+    tiles: list[Tile] = []
+    for name in CLASSIFIED:
+        for data, predicted, right in _spread(list(_predictions(folder / name))):
+            tiles.append(Tile(data, predicted.replace(" ", "\n"), "black" if right else "red"))
+    contact_sheet(tiles, columns=_COLUMNS, side=_SIDE).save(folder / SHEET_FILE)
 
 
 def _spread(found: list[tuple[bytes, str, bool]]) -> list[tuple[bytes, str, bool]]:

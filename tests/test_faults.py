@@ -184,6 +184,7 @@ def test_a_terminal_that_closes_stops_the_run_like_sigterm(tmp_path):
     for at in range(6):
         write_tar(tmp_path / "corpus" / f"{at}.tar", labelled([f"s{at}_{i}" for i in range(300)]))
     out = tmp_path / "out"
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has ignored, and so would its children
     process = subprocess.Popen(
         [COMMAND, "embed", tmp_path / "corpus", "--out", out, *TINY], stderr=subprocess.PIPE, start_new_session=True
     )

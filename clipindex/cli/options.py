@@ -109,10 +109,13 @@ def spec(options: dict[str, Any]) -> "ModelSpec":
     )
 
 
+def _plain(value: Any) -> Any:  # noqa: ANN401 - what json cannot write by itself
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else str(value)
+
+
 def print_result(result: Any, as_json: bool, lines: Callable[[Any], list[str]]) -> None:  # noqa: ANN401
-    """A summary, or a list of them, on standard output: as JSON, or as `lines` puts it for a person."""
+    """A summary, or whatever holds some, on standard output: as JSON, or as `lines` puts it for a person."""
     if as_json:
-        document = [dataclasses.asdict(r) for r in result] if isinstance(result, list) else dataclasses.asdict(result)
-        click.echo(json.dumps(document, indent=2, default=str))
+        click.echo(json.dumps(result, indent=2, default=_plain))
     else:
         click.echo("\n".join(lines(result)))

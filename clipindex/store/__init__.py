@@ -25,6 +25,7 @@ from clipindex.store.read import (
     read_labels,
     read_record,
     read_rejects,
+    read_rows,
 )
 from clipindex.store.write import AtomicParquet, ShardWriter
 
@@ -46,4 +47,5 @@ __all__ = [
     "read_labels",
     "read_record",
     "read_rejects",
+    "read_rows",
 ]

@@ -137,6 +137,33 @@ def read_embeddings(
         yield from _read_file(path, record, dataset, columns)
 
 
+def read_rows(folder: str | Path, name: str, rows: Sequence[int], columns: Sequence[str]) -> pa.Table:
+    """Some columns of some rows of a shard, in the order asked for; row groups without any of them are not read.
+
+    Args:
+        folder: The embedding directory.
+        name: Of the shard.
+        rows: Row numbers, ascending.
+        columns: Of the schema.
+
+    Raises:
+        StoreError: The file is damaged.
+    """
+    path = Path(folder) / "embeddings" / f"{name}.parquet"
+    wanted = np.asarray(rows, np.int64)
+    tables = []
+    with _open_parquet(path) as file:
+        ends = np.cumsum([file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)])
+        groups = np.searchsorted(ends, wanted, "right")
+        for group in np.unique(groups):
+            try:
+                table = file.read_row_group(int(group), columns=list(columns))
+            except _DAMAGE as error:
+                raise StoreError(f"{path} is damaged ({error}); delete it and embed its tar again") from error
+            tables.append(table.take(wanted[groups == group] - (ends[group] - table.num_rows)))
+    return pa.concat_tables(tables)
+
+
 def read_labels(folder: str | Path, names: Sequence[str] | None = None) -> Iterator[tuple[str, pa.Array, pa.Array]]:
     """Shard name, keys and labels of each row group, without reading its embeddings.
 

@@ -1,0 +1,161 @@
+"""`clipindex search`."""
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from clipindex.cli.options import json_option, model_options, print_result, refuse_options, spec
+
+if TYPE_CHECKING:
+    from clipindex.retrieval import Hit, Query
+
+SHEET_COLUMNS = 5
+SHEET_SIDE = 180
+"""Pixels."""
+
+log = logging.getLogger("clipindex")
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--text", "texts", multiple=True, metavar="TEXT", help="What to look for; may be repeated.")
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="An image like which to find others; may be repeated.",
+)
+@click.option(
+    "--key",
+    "keys",
+    multiple=True,
+    metavar="KEY",
+    help="A row of DIR like which to find others; SHARD:KEY where several shards have it.",
+)
+@click.option("--minus", multiple=True, metavar="TEXT", help="What to lead away from; may be repeated.")
+@click.option(
+    "--queries",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Instead: a file with a text a line, each a query of its own.",
+)
+@click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="Rows for each query.")
+@click.option("--label", "labels", type=int, multiple=True, metavar="N", help="Only rows with this label; repeatable.")
+@click.option("--caption", metavar="WORDS", help="Only rows whose caption contains this, whatever its case.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE.parquet", help="Write all hits to this file.")
+@click.option(
+    "--save",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="Cut the images out of their tars: into this folder, or, where it ends in .png, onto a sheet.",
+)
+@model_options(required=False)
+@json_option
+def search(
+    folder: Path,
+    texts: tuple[str, ...],
+    images: tuple[Path, ...],
+    keys: tuple[str, ...],
+    minus: tuple[str, ...],
+    queries: Path | None,
+    k: int,
+    labels: tuple[int, ...],
+    caption: str | None,
+    out: Path | None,
+    save: Path | None,
+    as_json: bool,
+    **options: Any,  # noqa: ANN401
+) -> int:
+    """Find the images of an embedding directory that are nearest to a text, an image, or one another.
+
+    Several --text, --image and --key are one query: their vectors are added up, those of --minus subtracted. The search
+    is exact, over all rows.
+    """  # fmt: skip
+    context = click.get_current_context()
+    if options["model"] is None:
+        refuse_options(context, ("pretrained", "random_init", "quick_gelu"), "it belongs to --model, which is missing")
+    if queries is not None and (texts or images or keys or minus):
+        raise click.UsageError("give --queries or a query, not both")
+    if queries is None and not (texts or images or keys):
+        raise click.UsageError("give --text, --image, --key or --queries")
+    from clipindex.progress import reporting
+
+    started = time.monotonic()
+    with reporting("search") as report:
+        report(0, 0, "")
+        from clipindex import retrieval
+
+        asked = (
+            [retrieval.Query(texts=texts, images=images, keys=keys, minus=minus)]
+            if queries is None
+            else [retrieval.Query(texts=(line,)) for line in retrieval.read_queries(queries)]
+        )
+        found = retrieval.search(
+            folder,
+            asked,
+            k=k,
+            where=retrieval.Filter(labels=labels, caption=caption),
+            model=spec(options) if options["model"] else None,
+            device=options["device"],
+            precision=options["precision"],
+            on_progress=lambda rows: report(0, 0, f"{rows:,} rows, {rows / (time.monotonic() - started):,.0f}/s"),
+        )
+    if out is not None:
+        retrieval.write_hits(out, asked, found)
+    if save is not None:
+        _save(save, found)
+    document = [{"query": _named(query), "hits": hits} for query, hits in zip(asked, found, strict=True)]
+    print_result(document, as_json, _lines)
+    return 0
+
+
+def _named(query: "Query") -> str:
+    plus = [*query.texts, *map(str, query.images), *query.keys]
+    return " + ".join(plus) + "".join(f" - {text}" for text in query.minus)
+
+
+def _lines(document: Sequence[dict[str, Any]]) -> list[str]:
+    lines = []
+    for one in document:
+        if len(document) > 1:
+            lines.append(f"{one['query']}:")
+        lines += [_line(rank, hit) for rank, hit in enumerate(one["hits"], 1)] or ["  no row passes the filter"]
+    return lines
+
+
+def _line(rank: int, hit: "Hit") -> str:
+    caption = "" if hit.caption is None else f"  {hit.caption.strip()[:60]!r}"
+    label = "" if hit.label is None else f"  label {hit.label}"
+    return f"  {rank:>3}  {hit.cosine:.4f}  {hit.key}{label}{caption}"
+
+
+def _save(path: Path, found: "Sequence[Sequence[Hit]]") -> None:
+    from clipindex import retrieval
+    from clipindex.errors import SourceError
+    from clipindex.sheet import Tile, contact_sheet
+
+    images: list[tuple[int, int, Hit, bytes | None]] = []
+    for at, hits in enumerate(found):
+        for rank, hit in enumerate(hits, 1):
+            try:
+                images.append((at, rank, hit, retrieval.read_image(hit)))
+            except SourceError as error:
+                log.warning("%s", error)
+                images.append((at, rank, hit, None))
+    if path.suffix.lower() == ".png":
+        tiles = [Tile(image, f"{rank}  {hit.cosine:.3f}\n{hit.key}") for _, rank, hit, image in images]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if tiles:
+            contact_sheet(tiles, columns=SHEET_COLUMNS, side=SHEET_SIDE).save(path)
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    for at, rank, hit, image in images:
+        if image is not None:
+            query = f"{at + 1:03}-" if len(found) > 1 else ""
+            (path / f"{query}{rank:03}-{retrieval.file_name(hit, image)}").write_bytes(image)

@@ -1,0 +1,341 @@
+"""Search of a directory by text, by image, or by one of its own rows: exact, in one pass over its embeddings."""
+
+import contextlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from clipindex.decode import decode_image
+from clipindex.encode import ImageTower, TextTower, choose_device, choose_precision
+from clipindex.errors import SampleError, SourceError, StoreError, UsageError
+from clipindex.models import LoadedModel, load_model
+from clipindex.store import (
+    AtomicParquet,
+    Dataset,
+    EmbeddingBatch,
+    check_fingerprint,
+    published_shards,
+    read_dataset,
+    read_embeddings,
+    read_rows,
+)
+from clipindex.threads import map_in_order, num_cores
+from clipindex.types import Float32Array, ModelSpec
+from clipindex.urls import read_range
+
+_COLUMNS = ("key", "label", "caption", "tar_offset", "tar_size")
+_STARTS = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*": "tif", b"MM": "tif"}
+_HITS_SCHEMA = pa.schema(
+    [
+        ("query", pa.int32()),
+        ("text", pa.string()),
+        ("rank", pa.int32()),
+        ("key", pa.string()),
+        ("cosine", pa.float32()),
+        ("shard", pa.string()),
+        ("row", pa.int64()),
+        ("label", pa.int32()),
+        ("caption", pa.string()),
+        ("url", pa.string()),
+        ("tar_offset", pa.int64()),
+        ("tar_size", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Query:
+    """What to look for: the sum of unit vectors, less those of `minus`, brought to unit length."""
+
+    texts: tuple[str, ...] = ()
+    images: tuple[str | Path, ...] = ()
+    """Image files."""
+    keys: tuple[str, ...] = ()
+    """Of rows of the directory; SHARD:KEY where several shards have the key."""
+    minus: tuple[str, ...] = ()
+    """Texts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hit:
+    """A row that was found."""
+
+    key: str
+    cosine: float
+    shard: str
+    """Its name."""
+    row: int
+    """In the shard."""
+    label: int | None
+    caption: str | None
+    url: str
+    """Of its tar."""
+    tar_offset: int | None
+    tar_size: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Filter:
+    """Which rows may be found: all by default."""
+
+    labels: tuple[int, ...] = ()
+    """One of these."""
+    caption: str | None = None
+    """Part of the caption, whatever its case."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What it looks at."""
+        return (*(("label",) if self.labels else ()), *(("caption",) if self.caption is not None else ()))
+
+    def excluded(self, batch: EmbeddingBatch) -> np.ndarray[Any, Any] | None:
+        """Rows [n] that may not be found; None where all may."""
+        kept = []
+        if self.labels:
+            kept.append(pc.is_in(batch.columns["label"], pa.array(self.labels, pa.int32())))
+        if self.caption is not None:
+            kept.append(pc.match_substring(batch.columns["caption"], self.caption, ignore_case=True))
+        masks = [np.asarray(pc.fill_null(mask, False)) for mask in kept]
+        return ~np.logical_and.reduce(masks) if masks else None
+
+
+def search(
+    folder: str | Path,
+    queries: Sequence[Query],
+    *,
+    k: int = 10,
+    where: Filter | None = None,
+    model: ModelSpec | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    on_progress: Callable[[int], None] = lambda num_rows: None,
+) -> list[list[Hit]]:
+    """Find the rows with the highest cosine to each query, exactly.
+
+    Args:
+        folder: The embedding directory.
+        queries: What to look for.
+        k: Rows for each query; fewer where fewer pass the filter.
+        where: Which rows may be found.
+        model: How to load the model, where the directory's record does not lead to its weights on this machine. It is
+            loaded only for texts and images.
+        device: Where to run it.
+        precision: In which.
+        on_progress: Called with the number of rows searched.
+
+    Returns:
+        For each query its hits, best first.
+
+    Raises:
+        UsageError: A query is empty, or its parts cancel out.
+        StoreError: A key is not in the directory, or in several shards.
+        ClipindexError: Others of its kinds; see `errors`.
+    """
+    if k < 1:
+        raise UsageError(f"k {k}: give at least 1")
+    folder = Path(folder)
+    dataset = read_dataset(folder)
+    vectors = _query_vectors(folder, dataset, queries, model, device, precision)
+    best = _scan(folder, torch.from_numpy(vectors), k, where or Filter(), on_progress)
+    return _hits(folder, *best)
+
+
+def read_image(hit: Hit) -> bytes:
+    """The encoded image of a hit, cut out of its tar.
+
+    Raises:
+        SourceError: The tar cannot be read, or is compressed.
+    """
+    if hit.tar_offset is None:
+        raise SourceError(f"{hit.url} is compressed: no offset leads to the image of key {hit.key!r}")
+    return read_range(hit.url, hit.tar_offset, hit.tar_size)
+
+
+def file_name(hit: Hit, image: bytes) -> str:
+    """A name for a hit's image that is a name anywhere: the end of its key, and an extension by content."""
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", hit.key)[-80:]
+    kind = next((extension for start, extension in _STARTS.items() if image.startswith(start)), "img")
+    return f"{stem}.{'webp' if image[8:12] == b'WEBP' else kind}"
+
+
+def read_queries(path: str | Path) -> list[str]:
+    """Texts, one a line; empty lines are passed over.
+
+    Raises:
+        UsageError: The file is missing, empty or no text.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from error
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise UsageError(f"{path}: no queries; write one a line")
+    return texts
+
+
+def write_hits(path: str | Path, queries: Sequence[Query], found: Sequence[Sequence[Hit]]) -> None:
+    """Write all hits to a Parquet file: query (number from zero), text, rank (from one), and the fields of `Hit`."""
+    rows = [
+        {"query": at, "text": " + ".join(query.texts) or None, "rank": rank, **asdict(hit)}
+        for at, (query, hits) in enumerate(zip(queries, found, strict=True))
+        for rank, hit in enumerate(hits, 1)
+    ]
+    parquet = AtomicParquet(Path(path), _HITS_SCHEMA, compression="zstd")
+    try:
+        parquet.write(pa.Table.from_pylist(rows, schema=_HITS_SCHEMA))
+    except BaseException:
+        parquet.abort()
+        raise
+    parquet.commit()
+
+
+def _query_vectors(
+    folder: Path, dataset: Dataset, queries: Sequence[Query], model: ModelSpec | None, device: str, precision: str
+) -> Float32Array:
+    """Unit vectors [Q, D]."""
+    loaded: LoadedModel | None = None
+    if any(query.texts or query.images or query.minus for query in queries):
+        loaded = load_model(model or dataset.model.spec)
+        check_fingerprint(folder, dataset.model, loaded.info)
+    by_text = _embed_texts(
+        loaded, [text for query in queries for text in (*query.texts, *query.minus)], device, precision
+    )
+    by_image = _embed_images(loaded, [path for query in queries for path in query.images], device, precision)
+    by_key = _find_keys(folder, [key for query in queries for key in query.keys])
+    sums = np.zeros((len(queries), dataset.model.dim), np.float32)
+    for total, query in zip(sums, queries, strict=True):
+        for text in query.texts:
+            total += by_text[text]
+        for text in query.minus:
+            total -= by_text[text]
+        for path in query.images:
+            total += by_image[path]
+        for key in query.keys:
+            total += by_key[key]
+    lengths = np.linalg.norm(sums, axis=1)
+    if (lengths < 1e-6).any():
+        raise UsageError(f"query {int(np.flatnonzero(lengths < 1e-6)[0]) + 1} is empty, or its parts cancel out")
+    unit: Float32Array = sums / lengths[:, None]
+    return unit
+
+
+def _embed_texts(
+    loaded: LoadedModel | None, texts: Sequence[str], device: str, precision: str
+) -> dict[str, Float32Array]:
+    if loaded is None or not texts:
+        return {}
+    chosen = choose_device(device)
+    tower = TextTower(loaded, device=chosen, precision=choose_precision(precision, chosen))
+    distinct = list(dict.fromkeys(texts))
+    return dict(zip(distinct, tower.encode(distinct), strict=True))
+
+
+def _embed_images(
+    loaded: LoadedModel | None, paths: Sequence[str | Path], device: str, precision: str
+) -> dict[str | Path, Float32Array]:
+    if loaded is None or not paths:
+        return {}
+    chosen = choose_device(device)
+    tower = ImageTower(loaded, device=chosen, precision=choose_precision(precision, chosen))
+    distinct = list(dict.fromkeys(paths))
+    pixels = tower.new_batch(len(distinct))
+    for path, out in zip(distinct, pixels, strict=True):
+        try:
+            decode_image(Path(path).read_bytes(), loaded.info.preprocess, out)
+        except OSError as error:
+            raise SourceError(f"{path}: {error.strerror}") from error
+        except SampleError as error:
+            raise SampleError(f"{path}: {error}") from error
+    return dict(zip(distinct, tower.encode(pixels)[0], strict=True))
+
+
+def _find_keys(folder: Path, keys: Sequence[str]) -> dict[str, Float32Array]:
+    """Vectors of rows, by what they are asked for as."""
+    found: dict[str, list[tuple[str, Float32Array]]] = {key: [] for key in keys}
+    if not keys:
+        return {}
+    wanted = pa.array(sorted({part for key in keys for part in (key, key.partition(":")[2])}), pa.string())
+    for batch in read_embeddings(folder, ("key",)):
+        for at in np.flatnonzero(pc.is_in(batch.columns["key"], wanted)):
+            key = batch.columns["key"][int(at)].as_py()
+            for name in (key, f"{batch.shard.name}:{key}"):
+                if name in found:
+                    found[name].append((batch.shard.name, batch.embedding[at].astype(np.float32)))
+    for key, rows in found.items():
+        if not rows:
+            raise StoreError(f"{folder} has no row with key {key!r}; rejects have no embedding")
+        if len(rows) > 1:
+            shards = ", ".join(shard for shard, _ in rows[:4])
+            raise StoreError(f"key {key!r} is in several shards: give SHARD:{key}, with one of {shards}")
+    return {key: rows[0][1] for key, rows in found.items()}
+
+
+def _scan(
+    folder: Path, queries: torch.Tensor, k: int, where: Filter, on_progress: Callable[[int], None]
+) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, str, int]]]:
+    """Best cosines and global row numbers [Q, at most k], and where each batch of rows begins."""
+
+    def best_of(batch: EmbeddingBatch) -> tuple[EmbeddingBatch, torch.Tensor, torch.Tensor]:
+        scores = queries @ torch.from_numpy(batch.embedding).to(torch.float32).T
+        excluded = where.excluded(batch)
+        if excluded is not None:
+            scores[:, torch.from_numpy(excluded)] = -torch.inf
+        return batch, *torch.topk(scores, min(k, scores.shape[1]), dim=1)
+
+    cosines, rows = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+    starts: list[tuple[int, str, int]] = []
+    total = 0
+    batches = map_in_order(best_of, read_embeddings(folder, where.columns), num_cores())
+    with contextlib.closing(batches):
+        for batch, best, at in batches:
+            starts.append((total, batch.shard.name, batch.first_row))
+            both, places = torch.cat([cosines, best], dim=1), torch.cat([rows, at + total], dim=1)
+            cosines, order = torch.topk(both, min(k, both.shape[1]), dim=1)
+            rows = places.gather(1, order)
+            total += len(batch.embedding)
+            on_progress(total)
+    return cosines, rows, starts
+
+
+def _hits(
+    folder: Path, cosines: torch.Tensor, rows: torch.Tensor, starts: list[tuple[int, str, int]]
+) -> list[list[Hit]]:
+    begins = np.array([start for start, _, _ in starts], np.int64)
+
+    def place(row: int) -> tuple[str, int]:
+        start, shard, first = starts[int(np.searchsorted(begins, row, "right")) - 1]
+        return shard, first + row - start
+
+    kept = [
+        [(*place(row), cosine) for row, cosine in zip(found, values, strict=True) if cosine > -np.inf]
+        for found, values in zip(rows.tolist(), cosines.tolist(), strict=True)
+    ]
+    by_shard: dict[str, set[int]] = {}
+    for hits in kept:
+        for shard, row, _ in hits:
+            by_shard.setdefault(shard, set()).add(row)
+    columns = {
+        (shard, row): values
+        for shard, wanted in by_shard.items()
+        for row, values in zip(
+            sorted(wanted), read_rows(folder, shard, sorted(wanted), _COLUMNS).to_pylist(), strict=True
+        )
+    }
+    records = published_shards(folder)
+    return [
+        [
+            Hit(cosine=cosine, shard=shard, row=row, url=records[shard].url, **columns[shard, row])
+            for shard, row, cosine in hits
+        ]
+        for hits in kept
+    ]

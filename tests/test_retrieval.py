@@ -1,0 +1,177 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from corpus import encoded, labelled, picture, write_tar
+from PIL import Image
+
+from clipindex import read_image, search
+from clipindex.demo import DATA
+from clipindex.embed_job import embed
+from clipindex.errors import ClipindexError, SourceError, StoreError, UsageError
+from clipindex.retrieval import Filter, Query, file_name, read_queries, write_hits
+from clipindex.shards import list_shards, read_samples
+from clipindex.store import read_embeddings
+
+HERE = {"device": "cpu", "precision": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """The shipped shapes with their names as captions, in two tars, and some rows without label or caption."""
+    folder = tmp_path_factory.mktemp("shapes")
+    names = (DATA / "wds_shapes" / "classnames.txt").read_text().splitlines()
+    samples = [sample for shard in list_shards(str(DATA / "wds_shapes")) for sample in read_samples(shard)]
+    for at, part in enumerate([samples[:150], samples[150:]]):
+        members = []
+        for sample in part:
+            members += [(f"{sample.key}.jpg", sample.image), (f"{sample.key}.cls", str(sample.label).encode()),
+                        (f"{sample.key}.txt", f"A {names[sample.label]}".encode())]  # fmt: skip
+        members += [(f"plain{at}.png", encoded(picture(seed=at), "PNG")), ("both.jpg", encoded(picture(seed=9 + at)))]
+        write_tar(folder / "corpus" / f"{at}.tar", members)
+    embed(str(folder / "corpus"), folder / "out", model="demo", batch_size=64, **HERE)
+    return folder
+
+
+def everything(folder):
+    batches = list(read_embeddings(folder, ("key", "label")))
+    keys = [key for batch in batches for key in batch.columns["key"].to_pylist()]
+    labels = [label for batch in batches for label in batch.columns["label"].to_pylist()]
+    return np.concatenate([batch.embedding for batch in batches]).astype(np.float32), keys, labels
+
+
+@pytest.mark.parametrize("k", [1, 7, 100_000])
+def test_hits_are_those_of_faiss(shapes, k):
+    vectors, keys, _ = everything(shapes / "out")
+    index = faiss.IndexFlatIP(vectors.shape[1])
+    index.add(vectors)
+    wanted = [key for key in keys if key.startswith("scene")][:5]
+    found = search(shapes / "out", [Query(keys=(key,)) for key in wanted], k=k, **HERE)
+    rows = [keys.index(key) for key in wanted]
+    cosines, _ = index.search(vectors[rows] / np.linalg.norm(vectors[rows], axis=1, keepdims=True), min(k, len(keys)))
+    assert [hits[0].key for hits in found] == wanted
+    np.testing.assert_allclose([[hit.cosine for hit in hits] for hits in found], cosines, atol=1e-5)
+
+
+def test_a_text_finds_its_images(shapes):
+    (hits,) = search(shapes / "out", [Query(texts=("a photo of a red oval",))], k=5, **HERE)
+    assert sum(hit.caption == "A red oval" for hit in hits) >= 4
+    assert hits == sorted(hits, key=lambda hit: -hit.cosine)
+
+
+def test_an_image_finds_itself_and_its_bytes_are_cut_out_of_the_tar(shapes, tmp_path):
+    (hit,) = search(shapes / "out", [Query(keys=("scene_000007",))], k=1, **HERE)[0]
+    image = read_image(hit)
+    samples = {s.key: s.image for shard in list_shards(str(shapes / "corpus")) for s in read_samples(shard)}
+    assert image == samples["scene_000007"]
+    (tmp_path / "x.jpg").write_bytes(image)
+    (again,) = search(shapes / "out", [Query(images=(tmp_path / "x.jpg",))], k=1, **HERE)[0]
+    assert (again.key, again.shard, again.row) == (hit.key, hit.shard, hit.row)
+    assert again.cosine > 0.999
+    assert file_name(hit, image) == "scene_000007.jpg"
+
+
+def test_vectors_are_added_and_subtracted(shapes):
+    vectors, keys, _ = everything(shapes / "out")
+    first, second = (vectors[keys.index(key)] for key in ("scene_000001", "scene_000002"))
+    expected = (first + second) / np.linalg.norm(first + second)
+    (hits,) = search(shapes / "out", [Query(keys=("scene_000001", "scene_000002"))], k=3, **HERE)
+    np.testing.assert_allclose([hit.cosine for hit in hits], np.sort(vectors @ expected)[::-1][:3], atol=1e-5)
+    (less,) = search(shapes / "out", [Query(texts=("red oval",), minus=("red",))], k=5, **HERE)
+    (more,) = search(shapes / "out", [Query(texts=("red oval",))], k=5, **HERE)
+    assert [hit.key for hit in less] != [hit.key for hit in more]
+    with pytest.raises(UsageError, match="query 2 is empty, or its parts cancel out"):
+        search(shapes / "out", [Query(texts=("x",)), Query(texts=("y",), minus=("y",))], **HERE)
+
+
+def test_filters_leave_only_what_passes(shapes):
+    query = [Query(texts=("a photo of a red oval",))]
+    (hits,) = search(shapes / "out", query, k=1000, where=Filter(labels=(5, 11)), **HERE)
+    _, _, labels = everything(shapes / "out")
+    assert len(hits) == sum(label in (5, 11) for label in labels)
+    assert {hit.label for hit in hits} == {5, 11}
+    (hits,) = search(shapes / "out", query, k=1000, where=Filter(caption="OVAL", labels=(5, 11)), **HERE)
+    assert {hit.label for hit in hits} == {5}
+    assert all("oval" in hit.caption for hit in hits)
+    assert search(shapes / "out", query, where=Filter(labels=(999,)), **HERE) == [[]]
+
+
+def test_keys_that_are_missing_or_twice_are_said(shapes):
+    with pytest.raises(StoreError, match="no row with key 'nowhere'"):
+        search(shapes / "out", [Query(keys=("nowhere",))], **HERE)
+    with pytest.raises(StoreError, match="several shards: give SHARD:both") as raised:
+        search(shapes / "out", [Query(keys=("both",))], **HERE)
+    shard = str(raised.value).rpartition(" ")[2]
+    (hit,) = search(shapes / "out", [Query(keys=(f"{shard}:both",))], k=1, **HERE)[0]
+    assert (hit.shard, hit.key) == (shard, "both")
+
+
+def test_what_cannot_be_asked_is_said(shapes, tmp_path):
+    (tmp_path / "text.jpg").write_text("no image")
+    for query in (Query(images=("gone.jpg",)), Query(images=(tmp_path / "text.jpg",)), Query()):
+        with pytest.raises(ClipindexError):
+            search(shapes / "out", [query], **HERE)
+    with pytest.raises(UsageError, match="give at least 1"):
+        search(shapes / "out", [Query(keys=("plain0",))], k=0, **HERE)
+    with pytest.raises(UsageError, match="no queries"):
+        read_queries(write(tmp_path / "empty.txt", b"\n\n"))
+    with pytest.raises(UsageError, match="UTF-8"):
+        read_queries(write(tmp_path / "binary.txt", b"\xff\xfe"))
+    assert read_queries(write(tmp_path / "windows.txt", "\N{BYTE ORDER MARK}a\r\n\r\nb\r\n".encode())) == ["a", "b"]
+
+
+def write(path, data):
+    path.write_bytes(data)
+    return path
+
+
+def test_a_compressed_tar_has_no_place_to_cut_from(tmp_path):
+    import gzip
+
+    plain = write_tar(tmp_path / "t.tar", labelled(["a"]))
+    packed = write(tmp_path / "t.tar.gz", gzip.compress(plain.read_bytes()))
+    embed(str(packed), tmp_path / "out", model="demo", batch_size=4, **HERE)
+    ((hit,),) = search(tmp_path / "out", [Query(keys=("a",))], **HERE)
+    with pytest.raises(SourceError, match="compressed"):
+        read_image(hit)
+
+
+def test_hits_as_parquet(shapes, tmp_path):
+    queries = [Query(texts=("red circle",)), Query(texts=("blue square",))]
+    found = search(shapes / "out", queries, k=3, **HERE)
+    write_hits(tmp_path / "hits.parquet", queries, found)
+    rows = pq.read_table(tmp_path / "hits.parquet").to_pylist()
+    assert [(row["query"], row["rank"]) for row in rows] == [(q, r) for q in (0, 1) for r in (1, 2, 3)]
+    assert [row["key"] for row in rows] == [hit.key for hits in found for hit in hits]
+    assert rows[3]["text"] == "blue square"
+
+
+def clipindex(*arguments):
+    command = [Path(sys.executable).with_name("clipindex"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_the_command(shapes, tmp_path):
+    (tmp_path / "queries.txt").write_text("a photo of a red oval\na photo of a blue square\n")
+    done = clipindex("search", shapes / "out", "--queries", tmp_path / "queries.txt", "-k", 4, "--json",
+                     "--save", tmp_path / "images", "--out", tmp_path / "hits.parquet", "--device", "cpu")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert [one["query"] for one in document] == ["a photo of a red oval", "a photo of a blue square"]
+    saved = sorted(path.name for path in (tmp_path / "images").iterdir())
+    assert len(saved) == 8
+    assert saved[0].startswith("001-001-")
+    assert pq.read_metadata(tmp_path / "hits.parquet").num_rows == 8
+
+    sheet = clipindex("search", shapes / "out", "--key", "scene_000007", "-k", 7, "--save", tmp_path / "sheet.png")
+    assert sheet.returncode == 0, sheet.stderr
+    assert "scene_000007" in sheet.stdout.splitlines()[0]
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert image.size[0] > image.size[1]
+    for wrong in (["--save", "x.png"], ["--text", "a", "--queries", "q.txt"], ["--text", "a", "--random-init", "1"]):
+        assert clipindex("search", shapes / "out", *wrong).returncode == 2
