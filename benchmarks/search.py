@@ -1,4 +1,4 @@
-"""Reading embeddings back and classifying them, against bare FAISS.
+"""Reading embeddings back, classifying and searching them, against bare FAISS.
 
 Physics: 512 half floats are 1 KiB a row, so reading is bound by memory copies; a search among 1,000 classes is
 1.02 MFLOP a row, so it is bound by the matrix product. Expected: reading above 500k rows/s on one core; classification
@@ -17,6 +17,7 @@ from reporting import Row, arguments, finish
 
 from clipindex.index import flat_index
 from clipindex.metrics import ClassificationCounts
+from clipindex.retrieval import Query, search
 from clipindex.store import ShardWriter, open_dataset, read_embeddings
 from clipindex.types import Float32Array, ModelInfo, ModelSpec, Preprocess, Sample, Shard
 from clipindex.zeroshot import ZeroShotClassifier, predict_directory
@@ -51,6 +52,7 @@ def main() -> None:
         queries = np.concatenate([batch.embedding for batch in read_embeddings(root)]).astype(np.float32)
         index = flat_index(vectors)
         classifier = ZeroShotClassifier([f"class {at}" for at in range(NUM_CLASSES)], vectors, INFO)
+        likeness = [Query(keys=(f"0_{at}",)) for at in range(100)]
         rates = _interleaved(
             {
                 "read into NumPy": lambda: sum(len(batch.embedding) for batch in read_embeddings(root)),
@@ -58,6 +60,7 @@ def main() -> None:
                 "classify: read, top-5, probabilities, write": lambda: predict_directory(
                     root, classifier, root / "predictions", 5, ClassificationCounts(NUM_CLASSES), lambda rows: None
                 ),
+                "search: 100 rows as queries, top-10 of all rows": lambda: search(root, likeness, k=10),
             },
             options.rows,
             options.repeats,

@@ -30,6 +30,9 @@ from clipindex.threads import map_in_order, num_cores
 from clipindex.types import Float32Array, ModelSpec
 from clipindex.urls import read_range
 
+QUERIES_AT_ONCE = 256
+"""Their scores with a row group are 32 MiB."""
+
 _COLUMNS = ("key", "label", "caption", "tar_offset", "tar_size")
 _STARTS = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*": "tif", b"MM": "tif"}
 _HITS_SCHEMA = pa.schema(
@@ -286,11 +289,15 @@ def _scan(
     """Best cosines and global row numbers [Q, at most k], and where each batch of rows begins."""
 
     def best_of(batch: EmbeddingBatch) -> tuple[EmbeddingBatch, torch.Tensor, torch.Tensor]:
-        scores = queries @ torch.from_numpy(batch.embedding).to(torch.float32).T
+        rows = torch.from_numpy(batch.embedding).to(torch.float32).T
         excluded = where.excluded(batch)
-        if excluded is not None:
-            scores[:, torch.from_numpy(excluded)] = -torch.inf
-        return batch, *torch.topk(scores, min(k, scores.shape[1]), dim=1)
+        found = []
+        for first in range(0, len(queries), QUERIES_AT_ONCE):
+            scores = queries[first : first + QUERIES_AT_ONCE] @ rows
+            if excluded is not None:
+                scores[:, torch.from_numpy(excluded)] = -torch.inf
+            found.append(torch.topk(scores, min(k, scores.shape[1]), dim=1))
+        return batch, torch.cat([best.values for best in found]), torch.cat([best.indices for best in found])
 
     cosines, rows = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
     starts: list[tuple[int, str, int]] = []
