@@ -341,7 +341,8 @@ def _hits(
     records = published_shards(folder)
     return [
         [
-            Hit(cosine=cosine, shard=shard, row=row, url=records[shard].url, **columns[shard, row])
+            # Rounded to float16, a vector may be a hair longer than one.
+            Hit(cosine=min(cosine, 1.0), shard=shard, row=row, url=records[shard].url, **columns[shard, row])
             for shard, row, cosine in hits
         ]
         for hits in kept

@@ -55,7 +55,7 @@ def test_hits_are_those_of_faiss(shapes, k):
     rows = [keys.index(key) for key in wanted]
     cosines, _ = index.search(vectors[rows] / np.linalg.norm(vectors[rows], axis=1, keepdims=True), min(k, len(keys)))
     assert [hits[0].key for hits in found] == wanted
-    np.testing.assert_allclose([[hit.cosine for hit in hits] for hits in found], cosines, atol=1e-5)
+    np.testing.assert_allclose([[hit.cosine for hit in hits] for hits in found], np.minimum(cosines, 1), atol=1e-5)
 
 
 def test_a_text_finds_its_images(shapes):
@@ -81,7 +81,7 @@ def test_vectors_are_added_and_subtracted(shapes):
     first, second = (vectors[keys.index(key)] for key in ("scene_000001", "scene_000002"))
     expected = (first + second) / np.linalg.norm(first + second)
     (hits,) = search(shapes / "out", [Query(keys=("scene_000001", "scene_000002"))], k=3, **HERE)
-    np.testing.assert_allclose([hit.cosine for hit in hits], np.sort(vectors @ expected)[::-1][:3], atol=1e-5)
+    np.testing.assert_allclose([hit.cosine for hit in hits], np.sort(vectors @ expected)[::-1][:3], atol=2e-4)
     (less,) = search(shapes / "out", [Query(texts=("red oval",), minus=("red",))], k=5, **HERE)
     (more,) = search(shapes / "out", [Query(texts=("red oval",))], k=5, **HERE)
     assert [hit.key for hit in less] != [hit.key for hit in more]
