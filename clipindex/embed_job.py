@@ -13,7 +13,7 @@ from clipindex.atomic import atomic_write
 from clipindex.batch_size import fastest_batch_size
 from clipindex.decode import MAX_PIXELS
 from clipindex.encode import ImageTower, choose_devices, choose_precision
-from clipindex.errors import FingerprintError, UsageError
+from clipindex.errors import FingerprintError, StoreError, UsageError
 from clipindex.models import load_model
 from clipindex.pipeline import Progress, embed_shards
 from clipindex.shards import MAX_BYTES, list_shards
@@ -146,6 +146,8 @@ def embed(
     loaded = load_model(spec)
     encoders = [ImageTower(loaded, device=one, precision=chosen_precision) for one in devices]
     folder = Path(out)
+    if folder.is_file():
+        raise StoreError(f"{folder} is a file; embeddings go into a folder")
     dataset = open_dataset(folder, loaded.info, dtype, CREATED_BY)
     plan = _plan(shards, published_shards(folder), dataset, refresh)
     on_plan(plan)
@@ -198,7 +200,11 @@ def embed(
         shards_changed=[shard.url for shard in plan.changed],
         shards_done_elsewhere=done_elsewhere,
         shards_failed=failed,
-        shards_salvaged={record.url: record.broken for record in records if record.broken is not None},
+        shards_salvaged={
+            record.url: f"{record.rows} rows and {record.rejects} rejects up to the break; {record.broken}"
+            for record in records
+            if record.broken is not None
+        },
         samples=samples,
         rows=sum(record.rows for record in records),
         rejects=sum(record.rejects for record in records),

@@ -20,15 +20,17 @@ from clipindex.store import (
     AtomicParquet,
     Dataset,
     EmbeddingBatch,
+    check_cosines,
     check_fingerprint,
     published_shards,
     read_dataset,
     read_embeddings,
+    read_record,
     read_rows,
 )
 from clipindex.threads import map_in_order, num_cores
 from clipindex.types import Float32Array, ModelSpec
-from clipindex.urls import read_range
+from clipindex.urls import read_range, stat_source
 
 QUERIES_AT_ONCE = 256
 """Their scores with a row group are 32 MiB."""
@@ -150,14 +152,19 @@ def search(
     return _hits(folder, *best)
 
 
-def read_image(hit: Hit) -> bytes:
-    """The encoded image of a hit, cut out of its tar.
+def read_image(folder: str | Path, hit: Hit) -> bytes:
+    """The encoded image of a hit of this directory, cut out of its tar.
 
     Raises:
-        SourceError: The tar cannot be read, or is compressed.
+        SourceError: The tar cannot be read, is compressed, or has changed since.
     """
     if hit.tar_offset is None:
-        raise SourceError(f"{hit.url} is compressed: no offset leads to the image of key {hit.key!r}")
+        raise SourceError(f"{hit.url} is compressed: no offset leads to its images")
+    record = read_record(Path(folder) / "embeddings" / f"{hit.shard}.parquet")
+    if stat_source(hit.url) != (record.size, record.version):
+        raise SourceError(
+            f"{hit.url} changed since it was embedded: its offsets lead elsewhere; embed it with --refresh"
+        )
     return read_range(hit.url, hit.tar_offset, hit.tar_size)
 
 
@@ -297,6 +304,7 @@ def _scan(
             if excluded is not None:
                 scores[:, torch.from_numpy(excluded)] = -torch.inf
             found.append(torch.topk(scores, min(k, scores.shape[1]), dim=1))
+            check_cosines(batch, found[-1].values.numpy())
         return batch, torch.cat([best.values for best in found]), torch.cat([best.indices for best in found])
 
     cosines, rows = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)

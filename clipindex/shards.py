@@ -155,7 +155,9 @@ def _tars_below(folder: str) -> list[str]:
     files = list_files(folder, lambda name: name.lower().endswith(TAR_SUFFIXES) or name.endswith(COUNT_FILE))
     tars = sorted((file for file in files if not file.endswith(COUNT_FILE)), key=_natural)
     if not tars:
-        raise SourceError(f"{folder}: no {' or '.join(TAR_SUFFIXES)} file below this folder")
+        raise SourceError(
+            f"{folder}: no {' or '.join(TAR_SUFFIXES)} file below this folder; clipindex pack makes tars of images"
+        )
     for note in files:
         if note.rsplit("/", 1)[-1] == COUNT_FILE:
             _check_count(note, [tar for tar in tars if os.path.dirname(tar) == os.path.dirname(note)])
@@ -167,7 +169,9 @@ def _check_count(note: str, tars: Sequence[str]) -> None:
     with open_source(note) as file:
         said = file.read().decode("utf-8", "replace").strip()
     if said != str(len(tars)):
-        raise SourceError(f"{note} says {said}, but there are {len(tars)} tars beside it; fetch the rest or mend it")
+        raise SourceError(
+            f"{note} says {said}, but there are {len(tars)} tars beside it; fetch the rest, or correct that file"
+        )
 
 
 def _natural(text: str) -> list[tuple[int, str]]:

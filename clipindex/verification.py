@@ -4,7 +4,7 @@ import itertools
 import random
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from clipindex.decode import decode_image
 from clipindex.encode import ImageTower, choose_device, choose_precision
 from clipindex.errors import SampleError, ShardError, SourceError, StoreError
 from clipindex.models import load_model
-from clipindex.shards import read_samples, shard_name
+from clipindex.shards import list_shards, read_samples, shard_name
 from clipindex.store import (
     Dataset,
     EmbeddingBatch,
@@ -40,7 +40,6 @@ AT_ONCE = 32
 FAULTS_A_SHARD = 20
 """After which nobody needs to be told more of it."""
 
-_EMBED_AGAIN = "delete it and run embed again"
 _REFRESH = "run embed with --refresh"
 _COLUMNS = ("key", "norm", "label", "caption", "meta", "width", "height", "tar_offset", "tar_size")
 
@@ -110,6 +109,7 @@ class _Anew:
 
 def verify(
     folder: str | Path,
+    sources: Sequence[str] = (),
     *,
     deep: bool = False,
     sample: int = SAMPLE,
@@ -126,6 +126,7 @@ def verify(
 
     Args:
         folder: The embedding directory.
+        sources: Tars that must all be there, as for `embed_job.embed`; without them, nobody can know what is missing.
         deep: Read the tars again as well: each sample must be at its place as a row or a reject, with its label,
             texts and offset; and `sample` rows are embedded anew.
         sample: Rows, drawn at random over all shards.
@@ -149,7 +150,8 @@ def verify(
         try:
             records.append(read_record(path))
         except StoreError as error:
-            faults.append(Fault(path=str(path), what=str(error), remedy=_EMBED_AGAIN))
+            faults.append(_fault(path, error, "delete it and embed its tar again"))
+    faults += _missing(sources, records) if sources else ()
     total = sum(record.rows for record in records)
     chosen_seed = secrets.randbits(32) if seed is None else seed
     drawn = sorted(random.Random(chosen_seed).sample(range(total), min(sample, total)))
@@ -189,12 +191,30 @@ def _encoder(folder: Path, dataset: Dataset, model: ModelSpec | None, device: st
     return ImageTower(loaded, device=chosen, precision=choose_precision(precision, chosen))
 
 
+def _fault(path: Path, error: Exception, remedy: str) -> Fault:
+    """An error as a fault: its advice and its path are said once."""
+    what = str(error).partition("; ")[0].removeprefix(str(path)).lstrip(": ")
+    return Fault(path=str(path), what=what, remedy=remedy)
+
+
+def _missing(sources: Sequence[str], records: Sequence[ShardRecord]) -> Iterator[Fault]:
+    """Tars that ought to be published and are not, or not as they are now."""
+    published = {record.name: record for record in records}
+    for shard in list_shards(sources):
+        record = published.get(shard.name)
+        if record is None:
+            yield Fault(path=shard.url, what="is not embedded", remedy="run embed on it")
+        elif (record.size, record.version) != (shard.size, shard.version):
+            yield Fault(path=shard.url, what="changed since it was embedded", remedy=_REFRESH)
+
+
 def _check_shard(folder: Path, dataset: Dataset, record: ShardRecord) -> Iterator[Fault]:
     """What the shard's own two files tell."""
-    path = str(folder / "embeddings" / f"{record.name}.parquet")
+    path = folder / "embeddings" / f"{record.name}.parquet"
+    remedy = f"delete {path.name} and embed {record.url} again"
 
     def fault(what: str) -> Fault:
-        return Fault(path=path, what=what, remedy=_EMBED_AGAIN)
+        return Fault(path=str(path), what=what, remedy=remedy)
 
     if record.name != shard_name(record.url):
         yield fault(f"it is not named for its tar, {record.url}")
@@ -212,7 +232,7 @@ def _check_shard(folder: Path, dataset: Dataset, record: ShardRecord) -> Iterato
                 yield fault(f"rows from {batch.first_row} on are not in the order of their tar")
             last_offset = offsets[-1] if len(offsets) else last_offset
     except (StoreError, pa.ArrowException) as error:
-        yield fault(str(error))
+        yield _fault(path, error, remedy)
         return
     if len(keys) != rows:
         yield fault(f"{rows - len(keys)} keys come twice")
@@ -241,7 +261,11 @@ def _check_tar(folder: Path, record: ShardRecord, dataset: Dataset, anew: _Anew)
     try:
         size, version = stat_source(record.url)
     except SourceError as error:
-        yield Fault(path=record.url, what=f"cannot be read: {error}", remedy="bring it back, or verify without --deep")
+        yield Fault(
+            path=record.url,
+            what=str(error).removeprefix(f"{record.url}: ").partition("; ")[0],
+            remedy="bring it back, or verify without --deep",
+        )
         return
     if (size, version) != (record.size, record.version):
         yield Fault(path=record.url, what="changed since it was embedded", remedy=_REFRESH)
@@ -259,7 +283,8 @@ def _compare(folder: Path, shard: Shard, record: ShardRecord, dataset: Dataset, 
     """Walk the tar beside what was made of it: each sample is the next row or the next reject."""
 
     def fault(what: str) -> Fault:
-        return Fault(path=str(folder / "embeddings" / f"{record.name}.parquet"), what=what, remedy=_EMBED_AGAIN)
+        path = folder / "embeddings" / f"{record.name}.parquet"
+        return Fault(path=str(path), what=what, remedy=f"delete {path.name} and embed {record.url} again")
 
     rows, rejects = _rows(folder, record), iter(read_rejects(folder, record.name)["key"].to_pylist())
     row, reject = next(rows, None), next(rejects, None)
@@ -337,7 +362,7 @@ def _unlike(folder: Path, record: ShardRecord, anew: _Anew) -> Iterator[Fault]:
     if bad:
         path = folder / "embeddings" / f"{record.name}.parquet"
         what = f"{bad} of {len(cosines)} images embedded anew differ: cosine {min(cosines):.4f} at worst"
-        yield Fault(path=str(path), what=what, remedy=_EMBED_AGAIN)
+        yield Fault(path=str(path), what=what, remedy=f"delete {path.name} and embed {record.url} again")
 
 
 def _notes(folder: Path, records: list[ShardRecord]) -> list[str]:
@@ -349,4 +374,8 @@ def _notes(folder: Path, records: list[ShardRecord]) -> list[str]:
     ]
     notes += [f"{path} is of a run that goes on, or was killed; the next run then removes it"
               for path in sorted([*folder.rglob(".*.tmp"), *folder.glob(".run.*.hand")])]  # fmt: skip
-    return notes + [f"{record.url} was salvaged: {record.broken}" for record in records if record.broken is not None]
+    return notes + [
+        f"{record.url} was salvaged: {record.broken.removeprefix(f'{record.url}: ')}"
+        for record in records
+        if record.broken is not None
+    ]

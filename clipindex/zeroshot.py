@@ -20,7 +20,15 @@ from clipindex.index import Neighbours, flat_index, scan
 from clipindex.metrics import ClassificationCounts
 from clipindex.models import LoadedModel, load_model
 from clipindex.prompts import check_classes, check_templates, embed_classes, read_classes, read_templates
-from clipindex.store import AtomicParquet, EmbeddingBatch, check_fingerprint, read_dataset, read_embeddings, read_labels
+from clipindex.store import (
+    AtomicParquet,
+    EmbeddingBatch,
+    check_cosines,
+    check_fingerprint,
+    read_dataset,
+    read_embeddings,
+    read_labels,
+)
 from clipindex.threads import map_in_order, num_cores
 from clipindex.types import Float32Array, ModelInfo, ModelSpec
 
@@ -264,6 +272,7 @@ def predict_directory(
 
     def search(batch: EmbeddingBatch) -> tuple[EmbeddingBatch, Neighbours, pa.Table]:
         neighbours = classifier.predict(batch.embedding, max(top, NUM_RANKED))
+        check_cosines(batch, neighbours.cosines)
         return batch, neighbours, _table(batch, neighbours, names, top)
 
     with (

@@ -115,7 +115,6 @@ def test_damaged_anywhere_the_law_holds(tmp_path_factory, changes):
     for salvage in (False, True):
         (result,) = embed(folder / "t.tar", folder / f"out{salvage}", salvage=salvage)
         if result.record is None:
-            assert not salvage
             assert "t.tar" in result.error
             assert published_shards(folder / f"out{salvage}") == {}
         else:
@@ -156,6 +155,13 @@ def test_salvage_publishes_what_was_read_with_the_break_recorded(tmp_path):
     (last,) = read_rejects(tmp_path / "out", record.name).to_pylist()
     assert last["key"] == f"k{record.rows:02}"
     assert "the tar breaks in or after this sample" in last["reason"]
+
+
+def test_where_nothing_came_before_the_break_nothing_is_salvaged(tmp_path):
+    (tmp_path / "t.tar").write_bytes(b"<html>" * 1000)
+    (result,) = embed(tmp_path / "t.tar", tmp_path / "out", salvage=True)
+    assert result.record is None
+    assert "no tar header at offset 0" in result.error
 
 
 def test_a_disk_that_fails_is_no_break_to_salvage(tmp_path):

@@ -618,7 +618,7 @@ def test_a_killed_pack_shows_no_half_shard_and_mixes_with_nothing(tmp_path):
     ]
     assert len(list(split_dir.iterdir())) == 4  # and the third shard and the rejects under way
     assert [len(members(split_dir / f"{n}.tar")) for n in range(2)] == [20, 20]
-    with pytest.raises(UsageError, match=r"an unfinished pack \(no nshards.txt\); give overwrite=True"):
+    with pytest.raises(UsageError, match=r"an unfinished pack \(no nshards.txt\); --overwrite"):
         pack(source, tmp_path / "out", max_samples=10)
 
     pack(source, tmp_path / "out", max_samples=10, overwrite=True)

@@ -66,7 +66,7 @@ def test_a_text_finds_its_images(shapes):
 
 def test_an_image_finds_itself_and_its_bytes_are_cut_out_of_the_tar(shapes, tmp_path):
     (hit,) = search(shapes / "out", [Query(keys=("scene_000007",))], k=1, **HERE)[0]
-    image = read_image(hit)
+    image = read_image(shapes / "out", hit)
     samples = {s.key: s.image for shard in list_shards(str(shapes / "corpus")) for s in read_samples(shard)}
     assert image == samples["scene_000007"]
     (tmp_path / "x.jpg").write_bytes(image)
@@ -138,7 +138,34 @@ def test_a_compressed_tar_has_no_place_to_cut_from(tmp_path):
     embed(str(packed), tmp_path / "out", model="demo", batch_size=4, **HERE)
     ((hit,),) = search(tmp_path / "out", [Query(keys=("a",))], **HERE)
     with pytest.raises(SourceError, match="compressed"):
-        read_image(hit)
+        read_image(tmp_path / "out", hit)
+
+
+def test_a_tar_that_changed_gives_no_images_of_other_rows(tmp_path):
+    corpus = write_tar(tmp_path / "t.tar", labelled(["a", "b"]))
+    embed(str(corpus), tmp_path / "out", model="demo", batch_size=4, **HERE)
+    ((first, _),) = search(tmp_path / "out", [Query(keys=("a",))], **HERE)
+    write_tar(corpus, labelled(["b", "a"], seed=5))
+    with pytest.raises(SourceError, match="changed since it was embedded"):
+        read_image(tmp_path / "out", first)
+    done = clipindex("search", tmp_path / "out", "--key", "a", "--save", tmp_path / "images")
+    assert done.returncode == 1
+    assert "2 images not saved" in done.stderr and "no image saved" in done.stderr
+    assert not (tmp_path / "images").exists()
+
+
+def test_damaged_embeddings_are_not_the_best_hits(tmp_path):
+    embed(str(write_tar(tmp_path / "t.tar", labelled(["a", "b"]))), tmp_path / "out", model="demo", batch_size=4,
+          dtype="float32", **HERE)  # fmt: skip
+    (path,) = (tmp_path / "out" / "embeddings").glob("*.parquet")
+    ((hit, _),) = search(tmp_path / "out", [Query(keys=("a",))], **HERE)
+    assert hit.cosine <= 1
+    vector = next(read_embeddings(tmp_path / "out")).embedding[0]
+    data = path.read_bytes()
+    for wrong in (vector * 50, vector * np.nan):
+        path.write_bytes(data.replace(vector.tobytes(), wrong.astype(np.float32).tobytes()))
+        with pytest.raises(StoreError, match="damaged embedding among rows 0 to 1"):
+            search(tmp_path / "out", [Query(keys=("b",))], **HERE)
 
 
 def test_hits_as_parquet(shapes, tmp_path):
@@ -173,5 +200,11 @@ def test_the_command(shapes, tmp_path):
     assert "scene_000007" in sheet.stdout.splitlines()[0]
     with Image.open(tmp_path / "sheet.png") as image:
         assert image.size[0] > image.size[1]
-    for wrong in (["--save", "x.png"], ["--text", "a", "--queries", "q.txt"], ["--text", "a", "--random-init", "1"]):
+    for wrong in (
+        ["--save", "x.png"],
+        ["--text", "a", "--queries", "q.txt"],
+        ["--text", "a", "--save", "x.jpg"],
+        ["--text", "a", "--out", "hits.csv"],
+        ["--text", "a", "--random-init", "1"],
+    ):
         assert clipindex("search", shapes / "out", *wrong).returncode == 2

@@ -109,7 +109,7 @@ def test_the_files_alone_tell(out, name):
     (fault,) = verify(out).faults
     assert Path(fault.path) == shard(out)
     assert re.search(said, fault.what), fault.what
-    assert "embed again" in fault.remedy
+    assert fault.remedy.endswith(" again")
 
 
 DEEP = {
@@ -132,6 +132,14 @@ def test_the_tars_tell_the_rest(out, name, letter):
     assert faults(out) == []
     found = faults(out, deep=True, **HERE)
     assert any(re.search(said, what) for what in found), found
+
+
+def test_tars_that_ought_to_be_there_are_asked_for(made, out):
+    assert verify(out, [str(made)]).faults == []
+    shard(out, "b").unlink()
+    (fault,) = verify(out, [str(made)]).faults
+    assert (Path(fault.path).name, fault.what) == ("b.tar", "is not embedded")
+    assert faults(out) == []
 
 
 def test_rejects_are_counted_and_of_their_shard(out):

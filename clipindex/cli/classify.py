@@ -19,7 +19,7 @@ CLASSES_SHOWN = 10
 
 class_options = [
     click.option("--classes", type=click.Path(path_type=Path), metavar="FILE",
-                 help="Class names, one a line.  [default: classnames.txt of SOURCE]"),
+                 help="Class names, one a line.  [default: classnames.txt beside the tars, where SOURCE is tars]"),
     click.option("--templates", metavar="FILE|NAME",
                  help="Prompts with {c}, one a line; or simple, imagenet-7, imagenet-80."
                       "  [default: those beside SOURCE's classnames.txt, else simple]"),

@@ -52,7 +52,7 @@ def embed_status(summary: "EmbedSummary", max_reject_rate: float) -> int:
     for url, why in summary.shards_failed.items():
         click.echo(f"failed: {why}" if url in why else f"failed: {url}: {why}", err=True)
     for url, why in summary.shards_salvaged.items():
-        click.echo(f"salvaged: {why}" if url in why else f"salvaged: {url}: {why}", err=True)
+        click.echo(f"salvaged: {url}: {why.replace(f'{url}: ', '')}", err=True)
     for url in summary.shards_changed:
         click.echo(f"changed: {url} differs from what its rows were made of; --refresh embeds it again", err=True)
     if summary.shards_failed:

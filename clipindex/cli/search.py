@@ -1,6 +1,5 @@
 """`clipindex search`."""
 
-import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
 SHEET_COLUMNS = 5
 SHEET_SIDE = 180
 """Pixels."""
-
-log = logging.getLogger("clipindex")
 
 
 @click.command()
@@ -84,6 +81,10 @@ def search(
         raise click.UsageError("give --queries or a query, not both")
     if queries is None and not (texts or images or keys):
         raise click.UsageError("give --text, --image, --key or --queries")
+    if out is not None and out.suffix != ".parquet":
+        raise click.UsageError(f"--out {out}: it is Parquet that is written; let the name end in .parquet")
+    if save is not None and save.suffix.lower() in (".jpg", ".jpeg", ".webp", ".gif", ".pdf"):
+        raise click.UsageError(f"--save {save}: a sheet is a .png; a folder has another name")
     from clipindex.progress import reporting
 
     started = time.monotonic()
@@ -108,11 +109,11 @@ def search(
         )
     if out is not None:
         retrieval.write_hits(out, asked, found)
-    if save is not None:
-        _save(save, found)
+        click.echo(f"{sum(map(len, found)):,} hits -> {out}", err=True)
+    saved = save is None or _save(folder, save, found)
     document = [{"query": _named(query), "hits": hits} for query, hits in zip(asked, found, strict=True)]
     print_result(document, as_json, _lines)
-    return 0
+    return 0 if saved else 1
 
 
 def _named(query: "Query") -> str:
@@ -132,30 +133,40 @@ def _lines(document: Sequence[dict[str, Any]]) -> list[str]:
 def _line(rank: int, hit: "Hit") -> str:
     caption = "" if hit.caption is None else f"  {hit.caption.strip()[:60]!r}"
     label = "" if hit.label is None else f"  label {hit.label}"
-    return f"  {rank:>3}  {hit.cosine:.4f}  {hit.key}{label}{caption}"
+    return f"  {rank:>3}  {hit.cosine:.4f}  {hit.key}{label}{caption}  [{hit.shard}]"
 
 
-def _save(path: Path, found: "Sequence[Sequence[Hit]]") -> None:
+def _save(folder: Path, path: Path, found: "Sequence[Sequence[Hit]]") -> bool:
+    """Whether any image could be had."""
     from clipindex import retrieval
     from clipindex.errors import SourceError
     from clipindex.sheet import Tile, contact_sheet
 
     images: list[tuple[int, int, Hit, bytes | None]] = []
+    why: dict[str, int] = {}
     for at, hits in enumerate(found):
         for rank, hit in enumerate(hits, 1):
+            data = None
             try:
-                images.append((at, rank, hit, retrieval.read_image(hit)))
+                data = retrieval.read_image(folder, hit)
             except SourceError as error:
-                log.warning("%s", error)
-                images.append((at, rank, hit, None))
-    if path.suffix.lower() == ".png":
-        tiles = [Tile(image, f"{rank}  {hit.cosine:.3f}\n{hit.key}") for _, rank, hit, image in images]
+                why[str(error)] = why.get(str(error), 0) + 1
+            images.append((at, rank, hit, data))
+    num_saved = len(images) - sum(why.values())
+    if num_saved and path.suffix.lower() == ".png":
+        tiles = [
+            Tile(image, f"{rank}  {hit.cosine:.3f}\n{hit.key}" if image else f"{rank}  not readable\n{hit.key}")
+            for _, rank, hit, image in images
+        ]
         path.parent.mkdir(parents=True, exist_ok=True)
-        if tiles:
-            contact_sheet(tiles, columns=SHEET_COLUMNS, side=SHEET_SIDE).save(path)
-        return
-    path.mkdir(parents=True, exist_ok=True)
-    for at, rank, hit, image in images:
-        if image is not None:
-            query = f"{at + 1:03}-" if len(found) > 1 else ""
-            (path / f"{query}{rank:03}-{retrieval.file_name(hit, image)}").write_bytes(image)
+        contact_sheet(tiles, columns=SHEET_COLUMNS, side=SHEET_SIDE).save(path)
+    elif num_saved:
+        path.mkdir(parents=True, exist_ok=True)
+        for at, rank, hit, image in images:
+            if image is not None:
+                query = f"{at + 1:03}-" if len(found) > 1 else ""
+                (path / f"{query}{rank:03}-{retrieval.file_name(hit, image)}").write_bytes(image)
+    for reason, count in why.items():
+        click.echo(f"{count:,} images not saved: {reason}", err=True)
+    click.echo(f"{num_saved:,} of {len(images):,} images -> {path}" if num_saved else "no image saved", err=True)
+    return bool(num_saved) or not images

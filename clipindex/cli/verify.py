@@ -16,13 +16,16 @@ FAULTS_SHOWN = 20
 
 @click.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("sources", nargs=-1, metavar="[SHARDS]...")
 @click.option("--deep", is_flag=True, help="Read the tars again too, and embed some of their images anew.")
 @click.option("--sample", type=click.IntRange(1), default=256, show_default=True,
               help="Rows to embed anew with --deep, drawn at random.")  # fmt: skip
 @model_options(required=False)
 @json_option
-def verify(folder: Path, deep: bool, sample: int, as_json: bool, **options: Any) -> int:  # noqa: ANN401
+def verify(folder: Path, sources: tuple[str, ...], deep: bool, sample: int, as_json: bool, **options: Any) -> int:  # noqa: ANN401
     """Check an embedding directory: its files, and that every sample is a row or a reject.
+
+    With SHARDS, as for embed, each of those tars must be there; without, shards that are missing cannot be known.
 
     Exits with status 1 where there is any fault, and names what to delete or to run again. --model says how to load the
     model with --deep, where the directory's own record does not lead to its weights on this machine.
@@ -42,6 +45,7 @@ def verify(folder: Path, deep: bool, sample: int, as_json: bool, **options: Any)
         started = time.monotonic()
         summary = verification.verify(
             folder,
+            sources,
             deep=deep,
             sample=sample,
             model=spec(options) if options["model"] else None,
@@ -67,4 +71,5 @@ def _verify_lines(summary: "VerifySummary") -> list[str]:
     lines += [f"fault: {fault.path}: {fault.what}; {fault.remedy}" for fault in summary.faults[:FAULTS_SHOWN]]
     if len(summary.faults) > FAULTS_SHOWN:
         lines.append(f"{len(summary.faults) - FAULTS_SHOWN:,} faults more; --json names them all")
-    return [*lines, f"{len(summary.faults):,} faults" if summary.faults else "no fault"]
+    count = len(summary.faults)
+    return [*lines, f"{count:,} fault{'s' if count > 1 else ''}" if count else "no fault"]

@@ -267,7 +267,7 @@ def _check_split(split_dir: Path, overwrite: bool) -> None:
     if found and not overwrite:
         done = "a finished pack" if NUM_SHARDS_FILE in found else f"an unfinished pack (no {NUM_SHARDS_FILE})"
         raise UsageError(
-            f"{split_dir}: holds {done}; give overwrite=True to replace it, or name another split or folder"
+            f"{split_dir}: holds {done}; --overwrite (overwrite=True) replaces it, or name another split or folder"
         )
     foreign = [name for name in found if name != NUM_SHARDS_FILE and not re.fullmatch(r"\d+\.tar", name)]
     if foreign:

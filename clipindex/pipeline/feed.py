@@ -89,7 +89,8 @@ def _events(shards: Iterable[Shard], max_bytes: int, salvage: bool) -> Iterator[
             broken = str(raised)
         except SourceError as raised:
             error = str(raised)
-        yield ShardEnd(shard, samples, error or _changed(shard) or (None if salvage else broken), broken)
+        is_salvaged = salvage and samples > 0
+        yield ShardEnd(shard, samples, error or _changed(shard) or (None if is_salvaged else broken), broken)
 
 
 def _changed(shard: Shard) -> str | None:

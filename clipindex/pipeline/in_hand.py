@@ -11,6 +11,7 @@ other's shards again, and the first to publish wins.
 import contextlib
 import hashlib
 import itertools
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ _SHARD, _IMAGE = b"shard\0\0\0", b"image\0\0\0"
 _DIGEST_BYTES = 16
 _CELL_BYTES = len(_SHARD) + _DIGEST_BYTES
 _NOTHING = bytes(_CELL_BYTES)
+
+log = logging.getLogger(__name__)
 
 Hold = Callable[[str, str], bool]
 """Called with a shard's name and a key before that image is decoded; says whether it is a suspect."""
@@ -113,6 +116,7 @@ class InHand:
 
     def _suspect(self, images: set[bytes]) -> None:
         if images:
+            log.info("a run died with %d images in hand; they are decoded in processes of their own", len(images))
             self._suspects |= images
             self._file.seek(0, os.SEEK_END)
             self._file.write(b"".join(_IMAGE + digest for digest in sorted(images)))

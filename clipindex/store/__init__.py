@@ -19,6 +19,7 @@ from clipindex.store.dataset import (
 )
 from clipindex.store.read import (
     EmbeddingBatch,
+    check_cosines,
     published_record,
     published_shards,
     read_embeddings,
@@ -37,6 +38,7 @@ __all__ = [
     "EmbeddingBatch",
     "ShardRecord",
     "ShardWriter",
+    "check_cosines",
     "check_fingerprint",
     "describe_model",
     "open_dataset",

@@ -120,6 +120,8 @@ def read_dataset(folder: str | Path) -> Dataset:
         raise StoreError(f"{path} is damaged ({error}); restore it, or embed into a new directory") from error
     if isinstance(document, dict) and document.get("format_version") != FORMAT_VERSION:
         found = document.get("format_version")
+        if found is None:
+            raise StoreError(f"{path} is damaged: it has no format version; restore it, or embed into a new directory")
         raise StoreError(f"{path}: format version {found}; this clipindex reads version {FORMAT_VERSION}")
     try:
         return replace(Dataset(**document), model=_model_info(document["model"]))

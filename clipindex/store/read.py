@@ -23,6 +23,8 @@ from clipindex.store.dataset import (
 )
 from clipindex.types import Shard
 
+MOST_COSINE = 1.01
+"""Rounding to float16 lengthens a vector by a tenth of that at most."""
 _DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 """What Arrow raises at damaged files: names of columns may be no UTF-8 any more."""
 
@@ -137,6 +139,19 @@ def read_embeddings(
         yield from _read_file(path, record, dataset, columns)
 
 
+def check_cosines(batch: EmbeddingBatch, cosines: np.ndarray[Any, Any]) -> None:
+    """Refuse cosines that unit vectors cannot have: damaged ones would be the best hits of every search.
+
+    Raises:
+        StoreError: One is above 1, or no number.
+    """
+    if not (cosines <= MOST_COSINE).all():
+        raise StoreError(
+            f"shard {batch.shard.name} has a damaged embedding among rows {batch.first_row} to"
+            f" {batch.first_row + len(batch.embedding) - 1}; clipindex verify finds it"
+        )
+
+
 def read_rows(folder: str | Path, name: str, rows: Sequence[int], columns: Sequence[str]) -> pa.Table:
     """Some columns of some rows of a shard, in the order asked for; row groups without any of them are not read.
 
@@ -158,6 +173,7 @@ def read_rows(folder: str | Path, name: str, rows: Sequence[int], columns: Seque
         for group in np.unique(groups):
             try:
                 table = file.read_row_group(int(group), columns=list(columns))
+                table.validate(full=True)
             except _DAMAGE as error:
                 raise StoreError(f"{path} is damaged ({error}); delete it and embed its tar again") from error
             tables.append(table.take(wanted[groups == group] - (ends[group] - table.num_rows)))
