@@ -20,6 +20,7 @@ from clipindex.store import (
     read_dataset,
     read_embeddings,
     read_rejects,
+    read_vectors,
 )
 from clipindex.types import Reject, Sample, Shard
 
@@ -270,3 +271,33 @@ def test_rejects_that_a_crash_left_behind_do_not_count(tmp_path):
     (tmp_path / "rejects" / f"{SHARD.name}.parquet").write_bytes(old)
     with pytest.raises(StoreError, match="1 rejects instead of 2"):
         read_rejects(tmp_path, SHARD.name)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(
+    "options",
+    [{"data_page_size": 1 << 28}, {}, {"compression": "zstd"}, {"use_dictionary": True}, {"data_page_version": "2.0"}],
+    ids=["one page", "many pages", "compressed", "dictionary", "version 2"],
+)
+def test_vectors_are_the_same_however_their_pages_lie(tmp_path, dtype, options):
+    written = write(tmp_path, 20_000, dtype=dtype).astype(dtype)
+    path = tmp_path / "embeddings" / f"{SHARD.name}.parquet"
+    table = pq.read_table(path)
+    footer = pq.read_metadata(path).metadata
+    with pq.ParquetWriter(path, table.schema, **{"use_dictionary": False, "compression": "none", **options}) as writer:
+        writer.write_table(table, row_group_size=7777)
+        writer.add_key_value_metadata({"clipindex": footer[b"clipindex"]})
+    batches = list(read_embeddings(tmp_path, ("key",)))
+    np.testing.assert_array_equal(np.concatenate([batch.embedding for batch in batches]), written)
+    assert [batch.first_row for batch in batches] == [0, 7777, 15554]
+    assert batches[1].columns["key"][0].as_py() == "k7777"
+    assert all(batch.embedding.flags.aligned and batch.embedding.flags.writeable for batch in batches)
+    wanted = np.array([19_999, 0, 7777, 7776, 0])
+    np.testing.assert_array_equal(read_vectors(tmp_path, SHARD.name, wanted), written[wanted])
+
+
+def test_rows_that_a_shard_has_not_are_refused(tmp_path):
+    write(tmp_path, 5)
+    for wrong in ([5], [-1]):
+        with pytest.raises(StoreError, match="has 5 rows"):
+            read_vectors(tmp_path, SHARD.name, np.array(wrong))

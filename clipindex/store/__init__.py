@@ -27,6 +27,7 @@ from clipindex.store.read import (
     read_record,
     read_rejects,
     read_rows,
+    read_vectors,
 )
 from clipindex.store.write import AtomicParquet, ShardWriter
 
@@ -50,4 +51,5 @@ __all__ = [
     "read_record",
     "read_rejects",
     "read_rows",
+    "read_vectors",
 ]

@@ -21,6 +21,7 @@ from clipindex.store.dataset import (
     embedding_schema,
     read_dataset,
 )
+from clipindex.store.mapped import MappedVectors
 from clipindex.types import Shard
 
 MOST_COSINE = 1.01
@@ -180,6 +181,22 @@ def read_rows(folder: str | Path, name: str, rows: Sequence[int], columns: Seque
     return pa.concat_tables(tables)
 
 
+def read_vectors(folder: str | Path, name: str, rows: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, Any]:
+    """Vectors [n, D] of some rows of a shard, in any order, each by a seek of its own; in the directory's dtype.
+
+    Raises:
+        StoreError: The file is damaged, or has no such rows.
+    """
+    path = Path(folder) / "embeddings" / f"{name}.parquet"
+    with _open_parquet(path) as file:
+        if len(rows) and not 0 <= rows.min() <= rows.max() < file.metadata.num_rows:
+            raise StoreError(f"{path} has {file.metadata.num_rows} rows, not row {rows.max()}")
+        try:
+            return _map_vectors(path, file, read_dataset(folder)).take(rows)
+        except _DAMAGE as error:
+            raise StoreError(f"{path} is damaged ({error}); delete it and embed its tar again") from error
+
+
 def read_labels(folder: str | Path, names: Sequence[str] | None = None) -> Iterator[tuple[str, pa.Array, pa.Array]]:
     """Shard name, keys and labels of each row group, without reading its embeddings.
 
@@ -200,25 +217,28 @@ def read_labels(folder: str | Path, names: Sequence[str] | None = None) -> Itera
 def _read_file(path: Path, record: ShardRecord, dataset: Dataset, columns: Sequence[str]) -> Iterator[EmbeddingBatch]:
     row = 0
     with _open_parquet(path) as file:
-        expected = embedding_schema(dataset.model.dim, dataset.dtype)
-        if not file.schema_arrow.equals(expected):
-            raise StoreError(f"{path}: columns are not those of {dataset.model.dim}-d {dataset.dtype} embeddings")
+        vectors = _map_vectors(path, file, dataset)
         for group in range(file.num_row_groups):
             try:
-                table = file.read_row_group(group, columns=["embedding", *columns], use_threads=False)
+                embedding = vectors.group(group)
+                table = file.read_row_group(group, columns=list(columns), use_threads=False).combine_chunks()
             except _DAMAGE as error:
                 raise StoreError(f"{path} is damaged ({error}); delete it and embed its tar again") from error
-            for batch in table.to_batches():
-                flat = batch.column("embedding").flatten()
-                # Through the buffer, since Arrow's own views are read-only, which PyTorch will not take.
-                values = np.frombuffer(flat.buffers()[1], dataset.dtype)[flat.offset : flat.offset + len(flat)]
-                yield EmbeddingBatch(
-                    shard=record,
-                    first_row=row,
-                    embedding=values.reshape(batch.num_rows, dataset.model.dim),
-                    columns={column: batch.column(column) for column in columns},
-                )
-                row += batch.num_rows
+            if not len(embedding):
+                continue
+            yield EmbeddingBatch(
+                shard=record,
+                first_row=row,
+                embedding=embedding,
+                columns={column: table.column(column).chunk(0) for column in columns},
+            )
+            row += len(embedding)
+
+
+def _map_vectors(path: Path, file: pq.ParquetFile, dataset: Dataset) -> MappedVectors:
+    if not file.schema_arrow.equals(embedding_schema(dataset.model.dim, dataset.dtype)):
+        raise StoreError(f"{path}: columns are not those of {dataset.model.dim}-d {dataset.dtype} embeddings")
+    return MappedVectors(path, file, dataset.model.dim, dataset.dtype)
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:

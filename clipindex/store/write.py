@@ -160,6 +160,7 @@ class ShardWriter:
 
 _PARQUET_OPTIONS: dict[str, Any] = {
     "use_dictionary": False,
+    "data_page_size": 1 << 28,  # a page for each row group; see mapped
     "write_statistics": ["key", "label"],
     # Embeddings are as good as random bits to a compressor; captions and metadata halve.
     "compression": {
