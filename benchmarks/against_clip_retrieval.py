@@ -39,7 +39,7 @@ from against_naive import BATCH_SIZES, Vectors, least_cosines, our_vectors
 from reporting import Row, arguments, finish
 
 from clipindex.bench.corpus import write_corpus
-from clipindex.encode import choose_device
+from clipindex.devices import choose_device
 from clipindex.models import load_model
 from clipindex.types import ModelSpec
 

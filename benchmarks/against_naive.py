@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 
 from clipindex import embed, read_embeddings
 from clipindex.bench.corpus import write_corpus
-from clipindex.encode import choose_device
+from clipindex.devices import choose_device
 from clipindex.models import LoadedModel, load_model
 from clipindex.threads import num_cores
 from clipindex.types import Float32Array, ModelSpec

@@ -22,7 +22,8 @@ from reporting import Row, arguments, finish
 from clipindex.bench.ceilings import best_rate, jpegs_per_s
 from clipindex.bench.corpus import write_corpus
 from clipindex.decode import decode_image, decode_reference
-from clipindex.encode import ImageTower, choose_device
+from clipindex.devices import choose_device
+from clipindex.encode import ImageTower
 from clipindex.models import load_model
 from clipindex.shards import list_shards, read_samples
 from clipindex.threads import num_cores

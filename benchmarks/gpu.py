@@ -11,7 +11,7 @@ from precision import compare
 from reporting import Row, arguments, finish
 
 from clipindex.bench.run import bench
-from clipindex.encode import choose_devices
+from clipindex.devices import choose_devices
 from clipindex.models import load_model
 from clipindex.types import ModelSpec
 

@@ -12,7 +12,8 @@ from reporting import Row, arguments, finish
 
 from clipindex.decode import decode_image
 from clipindex.demo import DATA
-from clipindex.encode import ImageTower, TextTower, choose_device, choose_precision
+from clipindex.devices import choose_device, choose_precision
+from clipindex.encode import ImageTower, TextTower
 from clipindex.errors import UsageError
 from clipindex.models import LoadedModel, load_model
 from clipindex.shards import list_shards, read_samples

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from reporting import Row, arguments, finish
 
-from clipindex.index import flat_index
+from clipindex.index.exact import flat_index
 from clipindex.metrics import ClassificationCounts
 from clipindex.retrieval import Query, search
 from clipindex.store import ShardWriter, open_dataset, read_embeddings

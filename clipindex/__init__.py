@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from clipindex.embed_job import EmbedSummary, embed
     from clipindex.errors import ClipindexError
     from clipindex.models import load_model
+    from clipindex.nearest import Filter
     from clipindex.packing import PackSummary, pack
-    from clipindex.retrieval import Filter, Hit, Query, read_image, search
+    from clipindex.retrieval import Hit, Query, read_image, search
     from clipindex.shards import list_shards, read_samples
     from clipindex.store import read_dataset, read_embeddings, read_rejects
     from clipindex.types import ModelSpec
@@ -27,7 +28,7 @@ _HOMES = {
     "ClassifySummary": "zeroshot",
     "ClipindexError": "errors",
     "EmbedSummary": "embed_job",
-    "Filter": "retrieval",
+    "Filter": "nearest",
     "Hit": "retrieval",
     "ModelSpec": "types",
     "PackSummary": "packing",

@@ -12,7 +12,8 @@ from clipindex.allocator import keep_freed_memory
 from clipindex.atomic import atomic_write
 from clipindex.batch_size import fastest_batch_size
 from clipindex.decode import MAX_PIXELS
-from clipindex.encode import ImageTower, choose_devices, choose_precision
+from clipindex.devices import choose_devices, choose_precision
+from clipindex.encode import ImageTower
 from clipindex.errors import FingerprintError, StoreError, UsageError
 from clipindex.models import load_model
 from clipindex.pipeline import Progress, embed_shards

@@ -1,6 +1,6 @@
-"""Search of a directory by text, by image, or by one of its own rows: exact, in one pass over its embeddings."""
+"""Search of a directory by text, by image, or by one of its own rows."""
 
-import contextlib
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -10,30 +10,24 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
 from clipindex.decode import decode_image
-from clipindex.encode import ImageTower, TextTower, choose_device, choose_precision
+from clipindex.devices import choose_device, choose_precision
+from clipindex.encode import ImageTower, TextTower
 from clipindex.errors import SampleError, SourceError, StoreError, UsageError
 from clipindex.models import LoadedModel, load_model
+from clipindex.nearest import Filter, Nearest, nearest
 from clipindex.store import (
     AtomicParquet,
     Dataset,
-    EmbeddingBatch,
-    check_cosines,
     check_fingerprint,
-    published_shards,
     read_dataset,
     read_embeddings,
     read_record,
     read_rows,
 )
-from clipindex.threads import map_in_order, num_cores
 from clipindex.types import Float32Array, ModelSpec
 from clipindex.urls import read_range, stat_source
-
-QUERIES_AT_ONCE = 256
-"""Their scores with a row group are 32 MiB."""
 
 _COLUMNS = ("key", "label", "caption", "tar_offset", "tar_size")
 _STARTS = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*": "tif", b"MM": "tif"}
@@ -86,49 +80,26 @@ class Hit:
     tar_size: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Filter:
-    """Which rows may be found: all by default."""
-
-    labels: tuple[int, ...] = ()
-    """One of these."""
-    caption: str | None = None
-    """Part of the caption, whatever its case."""
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """What it looks at."""
-        return (*(("label",) if self.labels else ()), *(("caption",) if self.caption is not None else ()))
-
-    def excluded(self, batch: EmbeddingBatch) -> np.ndarray[Any, Any] | None:
-        """Rows [n] that may not be found; None where all may."""
-        kept = []
-        if self.labels:
-            kept.append(pc.is_in(batch.columns["label"], pa.array(self.labels, pa.int32())))
-        if self.caption is not None:
-            kept.append(pc.match_substring(batch.columns["caption"], self.caption, ignore_case=True))
-        masks = [np.asarray(pc.fill_null(mask, False)) for mask in kept]
-        return ~np.logical_and.reduce(masks) if masks else None
-
-
 def search(
     folder: str | Path,
     queries: Sequence[Query],
     *,
     k: int = 10,
     where: Filter | None = None,
+    exact: bool = False,
     model: ModelSpec | None = None,
     device: str = "auto",
     precision: str = "auto",
     on_progress: Callable[[int], None] = lambda num_rows: None,
 ) -> list[list[Hit]]:
-    """Find the rows with the highest cosine to each query, exactly.
+    """Find the rows with the highest cosine to each query: through the directory's index, or by looking at all rows.
 
     Args:
         folder: The embedding directory.
         queries: What to look for.
         k: Rows for each query; fewer where fewer pass the filter.
         where: Which rows may be found.
+        exact: Look at all rows, though there is an index.
         model: How to load the model, where the directory's record does not lead to its weights on this machine. It is
             loaded only for texts and images.
         device: Where to run it.
@@ -148,8 +119,7 @@ def search(
     folder = Path(folder)
     dataset = read_dataset(folder)
     vectors = _query_vectors(folder, dataset, queries, model, device, precision)
-    best = _scan(folder, torch.from_numpy(vectors), k, where or Filter(), on_progress)
-    return _hits(folder, *best)
+    return _hits(folder, nearest(folder, vectors, k, where=where or Filter(), exact=exact, on_progress=on_progress))
 
 
 def read_image(folder: str | Path, hit: Hit) -> bytes:
@@ -290,68 +260,25 @@ def _find_keys(folder: Path, keys: Sequence[str]) -> dict[str, Float32Array]:
     return {key: rows[0][1] for key, rows in found.items()}
 
 
-def _scan(
-    folder: Path, queries: torch.Tensor, k: int, where: Filter, on_progress: Callable[[int], None]
-) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, str, int]]]:
-    """Best cosines and global row numbers [Q, at most k], and where each batch of rows begins."""
-
-    def best_of(batch: EmbeddingBatch) -> tuple[EmbeddingBatch, torch.Tensor, torch.Tensor]:
-        rows = torch.from_numpy(batch.embedding).to(torch.float32).T
-        excluded = where.excluded(batch)
-        found = []
-        for first in range(0, len(queries), QUERIES_AT_ONCE):
-            scores = queries[first : first + QUERIES_AT_ONCE] @ rows
-            if excluded is not None:
-                scores[:, torch.from_numpy(excluded)] = -torch.inf
-            found.append(torch.topk(scores, min(k, scores.shape[1]), dim=1))
-            check_cosines(batch, found[-1].values.numpy())
-        return batch, torch.cat([best.values for best in found]), torch.cat([best.indices for best in found])
-
-    cosines, rows = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
-    starts: list[tuple[int, str, int]] = []
-    total = 0
-    batches = map_in_order(best_of, read_embeddings(folder, where.columns), num_cores())
-    with contextlib.closing(batches):
-        for batch, best, at in batches:
-            starts.append((total, batch.shard.name, batch.first_row))
-            both, places = torch.cat([cosines, best], dim=1), torch.cat([rows, at + total], dim=1)
-            cosines, order = torch.topk(both, min(k, both.shape[1]), dim=1)
-            rows = places.gather(1, order)
-            total += len(batch.embedding)
-            on_progress(total)
-    return cosines, rows, starts
-
-
-def _hits(
-    folder: Path, cosines: torch.Tensor, rows: torch.Tensor, starts: list[tuple[int, str, int]]
-) -> list[list[Hit]]:
-    begins = np.array([start for start, _, _ in starts], np.int64)
-
-    def place(row: int) -> tuple[str, int]:
-        start, shard, first = starts[int(np.searchsorted(begins, row, "right")) - 1]
-        return shard, first + row - start
-
-    kept = [
-        [(*place(row), cosine) for row, cosine in zip(found, values, strict=True) if cosine > -np.inf]
-        for found, values in zip(rows.tolist(), cosines.tolist(), strict=True)
+def _hits(folder: Path, found: Nearest) -> list[list[Hit]]:
+    hits = [
+        [(found.names[shard], row, cosine) for shard, row, cosine in zip(*one, strict=True) if cosine > -np.inf]
+        for one in zip(found.shards.tolist(), found.rows.tolist(), found.cosines.tolist(), strict=True)
     ]
     by_shard: dict[str, set[int]] = {}
-    for hits in kept:
-        for shard, row, _ in hits:
-            by_shard.setdefault(shard, set()).add(row)
-    columns = {
-        (shard, row): values
-        for shard, wanted in by_shard.items()
-        for row, values in zip(
-            sorted(wanted), read_rows(folder, shard, sorted(wanted), _COLUMNS).to_pylist(), strict=True
-        )
-    }
-    records = published_shards(folder)
+    for shard, row, _ in itertools.chain.from_iterable(hits):
+        by_shard.setdefault(shard, set()).add(row)
+    urls: dict[str, str] = {}
+    columns: dict[tuple[str, int], dict[str, Any]] = {}
+    for shard, wanted in by_shard.items():
+        urls[shard] = read_record(folder / "embeddings" / f"{shard}.parquet").url
+        values = read_rows(folder, shard, sorted(wanted), _COLUMNS).to_pylist()
+        columns.update({(shard, row): value for row, value in zip(sorted(wanted), values, strict=True)})
     return [
         [
             # Rounded to float16, a vector may be a hair longer than one.
-            Hit(cosine=min(cosine, 1.0), shard=shard, row=row, url=records[shard].url, **columns[shard, row])
-            for shard, row, cosine in hits
+            Hit(cosine=min(cosine, 1.0), shard=shard, row=row, url=urls[shard], **columns[shard, row])
+            for shard, row, cosine in one
         ]
-        for hits in kept
+        for one in hits
     ]

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from clipindex.decode import decode_image
-from clipindex.encode import ImageTower, choose_device, choose_precision
+from clipindex.devices import choose_device, choose_precision
+from clipindex.encode import ImageTower
 from clipindex.errors import SampleError, ShardError, SourceError, StoreError
 from clipindex.models import load_model
 from clipindex.shards import list_shards, read_samples, shard_name

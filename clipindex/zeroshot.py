@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 
 from clipindex.atomic import atomic_write, remove_stale_temporaries
 from clipindex.decode import decode_image
-from clipindex.encode import ImageTower, TextTower, choose_devices, choose_precision
+from clipindex.devices import choose_devices, choose_precision
+from clipindex.encode import ImageTower, TextTower
 from clipindex.errors import ClassesError, SampleError, SourceError, UsageError
-from clipindex.index import Neighbours, flat_index, scan
+from clipindex.index.exact import Neighbours, flat_index, scan
 from clipindex.metrics import ClassificationCounts
 from clipindex.models import LoadedModel, load_model
 from clipindex.prompts import check_classes, check_templates, embed_classes, read_classes, read_templates
@@ -25,9 +26,9 @@ from clipindex.store import (
     EmbeddingBatch,
     check_cosines,
     check_fingerprint,
+    read_columns,
     read_dataset,
     read_embeddings,
-    read_labels,
 )
 from clipindex.threads import map_in_order, num_cores
 from clipindex.types import Float32Array, ModelInfo, ModelSpec
@@ -291,8 +292,8 @@ def predict_directory(
 
 def _check_labels(folder: Path, shards: Sequence[str] | None, num_classes: int) -> None:
     """Refuse labels beyond the classes, before anything of an earlier run is touched."""
-    for name, keys, labels in read_labels(folder, shards):
-        values = labels.fill_null(0).to_numpy()
+    for name, columns in read_columns(folder, ("key", "label"), shards):
+        keys, values = columns["key"], columns["label"].fill_null(0).to_numpy()
         beyond = np.flatnonzero((values < 0) | (values >= num_classes))
         if len(beyond):
             raise ClassesError(

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from scipy.special import expit, softmax
 
-from clipindex.index import flat_index, scan, stored_vectors
+from clipindex.index.exact import flat_index, scan, stored_vectors
 
 
 def unit(number, dim, seed=0):

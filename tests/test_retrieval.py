@@ -14,7 +14,8 @@ from clipindex import read_image, search
 from clipindex.demo import DATA
 from clipindex.embed_job import embed
 from clipindex.errors import ClipindexError, SourceError, StoreError, UsageError
-from clipindex.retrieval import Filter, Query, file_name, read_queries, write_hits
+from clipindex.nearest import Filter
+from clipindex.retrieval import Query, file_name, read_queries, write_hits
 from clipindex.shards import list_shards, read_samples
 from clipindex.store import read_embeddings
 

@@ -15,12 +15,12 @@ from clipindex.errors import FingerprintError, StoreError
 from clipindex.store import (
     ROW_GROUP_ROWS,
     ShardWriter,
+    VectorReader,
     open_dataset,
     published_shards,
     read_dataset,
     read_embeddings,
     read_rejects,
-    read_vectors,
 )
 from clipindex.types import Reject, Sample, Shard
 
@@ -293,11 +293,11 @@ def test_vectors_are_the_same_however_their_pages_lie(tmp_path, dtype, options):
     assert batches[1].columns["key"][0].as_py() == "k7777"
     assert all(batch.embedding.flags.aligned and batch.embedding.flags.writeable for batch in batches)
     wanted = np.array([19_999, 0, 7777, 7776, 0])
-    np.testing.assert_array_equal(read_vectors(tmp_path, SHARD.name, wanted), written[wanted])
+    np.testing.assert_array_equal(VectorReader(tmp_path).take(SHARD.name, wanted), written[wanted])
 
 
 def test_rows_that_a_shard_has_not_are_refused(tmp_path):
     write(tmp_path, 5)
     for wrong in ([5], [-1]):
         with pytest.raises(StoreError, match="has 5 rows"):
-            read_vectors(tmp_path, SHARD.name, np.array(wrong))
+            VectorReader(tmp_path).take(SHARD.name, np.array(wrong))

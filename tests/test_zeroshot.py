@@ -8,7 +8,8 @@ from corpus import labelled, write_tar
 
 from clipindex import ModelSpec, build_classifier, classify, classify_images, embed, load_model, read_embeddings
 from clipindex.demo import DATA
-from clipindex.encode import TextTower, choose_device
+from clipindex.devices import choose_device
+from clipindex.encode import TextTower
 from clipindex.errors import ClassesError, FingerprintError, SampleError, SourceError, UsageError
 from clipindex.store import published_shards
 

@@ -10,7 +10,7 @@ import simplejpeg
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipindex.encode import PRECISIONS
+from clipindex.devices import PRECISIONS
 from clipindex.models import LoadedModel
 
 REPEATS = 3

@@ -26,7 +26,8 @@ from clipindex.bench.measure import (
     measure_read,
     measure_write,
 )
-from clipindex.encode import ImageTower, choose_device, choose_precision
+from clipindex.devices import choose_device, choose_precision
+from clipindex.encode import ImageTower
 from clipindex.models import LoadedModel, load_model
 from clipindex.threads import num_cores
 from clipindex.types import ModelSpec
@@ -79,7 +80,7 @@ def bench(
         precisions: 'auto', 'bf16', 'fp16' or 'fp32'; each model runs in each.
         batch_sizes: To measure the encoder at; found by measuring, by default. The whole job runs at the fastest.
         random_init: Seed of random weights.
-        device: As in `encode.choose_device`.
+        device: As in `devices.choose_device`.
         images: In the corpus that the whole job runs over; 512 on a CPU and 16,384 on CUDA by default.
         work: A folder for the corpus, which is then kept and used again; a temporary one by default.
         on_step: Called with what is being measured.

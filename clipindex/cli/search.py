@@ -90,7 +90,7 @@ def search(
     started = time.monotonic()
     with reporting("search") as report:
         report(0, 0, "")
-        from clipindex import retrieval
+        from clipindex import nearest, retrieval
 
         asked = (
             [retrieval.Query(texts=texts, images=images, keys=keys, minus=minus)]
@@ -101,7 +101,7 @@ def search(
             folder,
             asked,
             k=k,
-            where=retrieval.Filter(labels=labels, caption=caption),
+            where=nearest.Filter(labels=labels, caption=caption),
             model=spec(options) if options["model"] else None,
             device=options["device"],
             precision=options["precision"],

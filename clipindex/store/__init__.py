@@ -19,15 +19,16 @@ from clipindex.store.dataset import (
 )
 from clipindex.store.read import (
     EmbeddingBatch,
+    VectorReader,
     check_cosines,
     published_record,
     published_shards,
+    read_columns,
     read_embeddings,
-    read_labels,
     read_record,
     read_rejects,
     read_rows,
-    read_vectors,
+    shard_states,
 )
 from clipindex.store.write import AtomicParquet, ShardWriter
 
@@ -39,6 +40,7 @@ __all__ = [
     "EmbeddingBatch",
     "ShardRecord",
     "ShardWriter",
+    "VectorReader",
     "check_cosines",
     "check_fingerprint",
     "describe_model",
@@ -47,9 +49,9 @@ __all__ = [
     "published_shards",
     "read_dataset",
     "read_embeddings",
-    "read_labels",
+    "read_columns",
     "read_record",
     "read_rejects",
     "read_rows",
-    "read_vectors",
+    "shard_states",
 ]

@@ -1,8 +1,8 @@
 """The vectors of an embeddings file where they lie in it, without Arrow's copy.
 
 Embeddings are written plain and uncompressed, a page for each row group, and no part of them can be null: so the end of
-such a page is the array itself (the Parquet format's PLAIN encoding, and its data pages, whose levels come first). Reading
-a group is one copy in place of five, and a row alone is one seek.
+such a page is the array itself (PLAIN encoding of the Parquet format, in whose data pages levels come first). Reading a
+group is one copy in place of five, and a row alone is one seek.
 """
 
 import mmap
@@ -31,6 +31,11 @@ class MappedVectors:
             self._bytes = b"" if empty else mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         self._ends = np.cumsum(sizes, dtype=np.int64)
+
+    @property
+    def num_rows(self) -> int:
+        """Of the file."""
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def group(self, group: int) -> np.ndarray[Any, Any]:
         """Vectors [n, D] of a row group, in the file's dtype."""
@@ -76,8 +81,8 @@ class MappedVectors:
 def _page_size(header: bytes) -> int | None:
     """Bytes of a page without its header, by the header's second field.
 
-    PageHeader of parquet.thrift in Thrift's compact protocol: field 1 is the page's type, field 2 its uncompressed size,
-    both i32: a byte 0x15 (next field, i32) and a zigzag varint.
+    PageHeader of parquet.thrift in Thrift's compact protocol: field 1 is the page's type, field 2 its uncompressed
+    size, both i32: a byte 0x15 (next field, i32) and a zigzag varint.
     """
     if len(header) < 4 or header[0] != 0x15 or header[2] != 0x15:
         return None

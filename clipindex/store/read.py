@@ -1,6 +1,8 @@
 """Reading a directory back: records, rows, labels and rejects."""
 
+import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ from clipindex.types import Shard
 
 MOST_COSINE = 1.01
 """Rounding to float16 lengthens a vector by a tenth of that at most."""
+_OPEN_FILES = 256
+_STATE_BYTES = 8192
 _DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 """What Arrow raises at damaged files: names of columns may be no UTF-8 any more."""
 
@@ -52,6 +56,21 @@ def published_shards(folder: str | Path) -> dict[str, ShardRecord]:
     paths = sorted((Path(folder) / "embeddings").glob("[!.]*.parquet"))
     with ThreadPoolExecutor(8) as pool:  # a footer is one small read; on a network file system, one round trip
         return {path.stem: record for path, record in zip(paths, pool.map(read_record, paths), strict=True)}
+
+
+def shard_states(folder: str | Path) -> dict[str, str]:
+    """What tells, of each published shard, one version of its rows from another, whatever its file was copied to."""
+    paths = sorted((Path(folder) / "embeddings").glob("[!.]*.parquet"))
+    with ThreadPoolExecutor(8) as pool:
+        return {path.stem: state for path, state in zip(paths, pool.map(_state, paths), strict=True)}
+
+
+def _state(path: Path) -> str:
+    """Size, and a hash of the file's end: there stand the record, with its time, and what leads to each column."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _STATE_BYTES))
+        return f"{size}-{hashlib.sha256(file.read()).hexdigest()[:16]}"
 
 
 def published_record(folder: Path, shard: Shard) -> ShardRecord | None:
@@ -181,24 +200,44 @@ def read_rows(folder: str | Path, name: str, rows: Sequence[int], columns: Seque
     return pa.concat_tables(tables)
 
 
-def read_vectors(folder: str | Path, name: str, rows: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, Any]:
-    """Vectors [n, D] of some rows of a shard, in any order, each by a seek of its own; in the directory's dtype.
+class VectorReader:
+    """Vectors of any rows of a directory, each by a seek of its own; the files that were asked last stay open."""
 
-    Raises:
-        StoreError: The file is damaged, or has no such rows.
-    """
-    path = Path(folder) / "embeddings" / f"{name}.parquet"
-    with _open_parquet(path) as file:
-        if len(rows) and not 0 <= rows.min() <= rows.max() < file.metadata.num_rows:
-            raise StoreError(f"{path} has {file.metadata.num_rows} rows, not row {rows.max()}")
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder) / "embeddings"
+        self._dataset = read_dataset(folder)
+        self._open: dict[str, MappedVectors] = {}
+
+    def take(self, name: str, rows: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, Any]:
+        """Vectors [n, D] of some rows of a shard, in any order, in the directory's dtype.
+
+        Raises:
+            StoreError: The file is damaged, or has no such rows.
+        """
+        path = self._folder / f"{name}.parquet"
+        vectors = self._open.pop(name, None)
         try:
-            return _map_vectors(path, file, read_dataset(folder)).take(rows)
+            if vectors is None:
+                vectors = _map_vectors(path, _open_parquet(path), self._dataset)
+            self._open[name] = vectors  # at the end of the line
+            if len(self._open) > _OPEN_FILES:
+                del self._open[next(iter(self._open))]
+            if len(rows) and not 0 <= rows.min() <= rows.max() < vectors.num_rows:
+                raise StoreError(f"{path} has {vectors.num_rows} rows: none is {rows.min()} or {rows.max()}")
+            return vectors.take(rows)
         except _DAMAGE as error:
             raise StoreError(f"{path} is damaged ({error}); delete it and embed its tar again") from error
 
 
-def read_labels(folder: str | Path, names: Sequence[str] | None = None) -> Iterator[tuple[str, pa.Array, pa.Array]]:
-    """Shard name, keys and labels of each row group, without reading its embeddings.
+def read_columns(
+    folder: str | Path, columns: Sequence[str], names: Sequence[str] | None = None
+) -> Iterator[tuple[str, dict[str, pa.Array]]]:
+    """Shard name and some columns of a few thousand rows at a time, without their embeddings.
+
+    Args:
+        folder: The embedding directory.
+        columns: Of the schema, at least one.
+        names: Shards to read; all published ones by default.
 
     Raises:
         StoreError: A file is damaged, or not of clipindex.
@@ -208,8 +247,8 @@ def read_labels(folder: str | Path, names: Sequence[str] | None = None) -> Itera
         read_record(embeddings / f"{name}.parquet")  # refuses what is not ours, which may lack the columns
         with _open_parquet(embeddings / f"{name}.parquet") as file:
             try:
-                for batch in file.iter_batches(ROW_GROUP_ROWS, columns=["key", "label"]):
-                    yield name, batch.column("key"), batch.column("label")
+                for batch in file.iter_batches(ROW_GROUP_ROWS, columns=list(columns)):
+                    yield name, {column: batch.column(column) for column in columns}
             except _DAMAGE as error:
                 raise StoreError(f"{embeddings / name}.parquet is damaged ({error}); embed its tar again") from error
 

@@ -1,4 +1,4 @@
-"""Inner-product indexes in FAISS, and exact search of them."""
+"""Exact search of class vectors, with probabilities."""
 
 import math
 import threading
