@@ -35,3 +35,7 @@ class FingerprintError(StoreError):
 
 class ClassesError(ClipindexError, ValueError):
     """Class names, templates or labels that cannot define a zero-shot classifier."""
+
+
+class IndexingError(ClipindexError, ValueError):
+    """An index that cannot be built as asked, or finds too little."""

@@ -14,6 +14,7 @@ import torch
 
 from clipindex.errors import FingerprintError, StoreError
 from clipindex.index.files import Effort, IndexedShard, OpenIndex, open_index
+from clipindex.index.lists import Mask
 from clipindex.index.plan import default_memory_bytes
 from clipindex.index.search import find
 from clipindex.store import (
@@ -72,7 +73,7 @@ class Filter:
         """What it looks at."""
         return (*(("label",) if self.labels else ()), *(("caption",) if self.caption is not None else ()))
 
-    def passing(self, columns: Mapping[str, pa.Array]) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
+    def passing(self, columns: Mapping[str, pa.Array]) -> Mask | None:
         """Rows [n] that may be found; None where all may."""
         masks = []
         if self.labels:
@@ -117,7 +118,7 @@ def nearest(
     if where.columns and num_allowed <= FEW * opened.record.rows:
         return scan(folder, queries, k, where=where, on_progress=on_progress)
     effort = widened(opened, opened.record.effort, max(opened.record.next_id / num_allowed, k / MEASURED_K, 1))
-    found = through_index(folder, opened, queries, k, effort, allowed)
+    found = through_index(VectorReader(folder), opened, queries, k, effort, allowed)
     if new:
         log.info("%d shards are not in the index and are searched row by row; clipindex index adds them", len(new))
         found = _merged(found, scan(folder, queries, k, where=where, names=new, on_progress=on_progress))
@@ -160,27 +161,27 @@ def scan(
 
 
 def through_index(
-    folder: Path,
+    reader: VectorReader,
     opened: OpenIndex,
     queries: Float32Array,
     k: int,
     effort: Effort,
-    allowed: np.ndarray[Any, np.dtype[np.bool_]] | None = None,
+    allowed: Mask | None = None,
 ) -> Nearest:
     """The nearest rows that an index leads to, ranked by the embeddings themselves; see `nearest`.
 
     Args:
-        folder: The embedding directory.
+        reader: Of the embedding directory.
         opened: Its index.
         queries: Unit vectors [Q, D].
         k: Rows for each.
         effort: How much to look at.
-        allowed: Ids [next_id] that may be found; all by default.
+        allowed: Ids [next_id] that may be found; those of its shards by default.
 
     Raises:
         StoreError: The index does not belong to the embeddings.
     """
-    reader = VectorReader(folder)
+    allowed = ids_of(opened.shards, opened.record.next_id) if allowed is None else allowed
     names = [shard.name for shard in opened.shards]
     wanted = min(k * effort.candidates, max(opened.record.rows, 1))
     step = max(1, RANKED_AT_ONCE // wanted)
@@ -191,7 +192,7 @@ def through_index(
         shards, rows = locate(opened, ids)
         cosines = _cosines(reader, names, asked, ids, shards, rows)
         if opened.record.plan.is_lossless and np.abs(np.where(ids < 0, 0, cosines - scores)).max() > SCORE_TOLERANCE:
-            raise StoreError(f"{folder / 'index'} is damaged: its vectors are not those of its rows; {REBUILD}")
+            raise StoreError(f"{reader.folder / 'index'} is damaged: its vectors are not those of its rows; {REBUILD}")
         order = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
         blocks.append([np.take_along_axis(each, order, axis=1) for each in (cosines, shards, rows)])
     cosines, shards, rows = (np.concatenate(each) for each in zip(*blocks, strict=True))
@@ -234,6 +235,16 @@ def compare_shards(folder: Path, indexed: Sequence[IndexedShard]) -> tuple[list[
     return known, sorted(set(states) - {shard.name for shard in known})
 
 
+def ids_of(shards: Sequence[IndexedShard], next_id: int) -> Mask | None:
+    """Which ids [next_id] are of rows of these shards; None where all are."""
+    if sum(shard.rows for shard in shards) == next_id:
+        return None
+    mask = np.zeros(next_id, np.bool_)
+    for shard in shards:
+        mask[shard.first_id : shard.first_id + shard.rows] = True
+    return mask
+
+
 def widened(opened: OpenIndex, effort: Effort, times: float) -> Effort:
     """As many times the effort, as far as there is more to look at."""
     lists = opened.record.plan.num_lists
@@ -244,17 +255,11 @@ def widened(opened: OpenIndex, effort: Effort, times: float) -> Effort:
 REBUILD = "build the index again, with clipindex index --rebuild"
 
 
-def _allowed(
-    folder: Path, opened: OpenIndex, known: Sequence[IndexedShard], where: Filter
-) -> np.ndarray[Any, np.dtype[np.bool_]] | None:
+def _allowed(folder: Path, opened: OpenIndex, known: Sequence[IndexedShard], where: Filter) -> Mask | None:
     """Ids that may be found; None where all may."""
-    if not where.columns and sum(shard.rows for shard in known) == opened.record.next_id:
-        return None
-    allowed = np.zeros(opened.record.next_id, np.bool_)
     if not where.columns:
-        for shard in known:
-            allowed[shard.first_id : shard.first_id + shard.rows] = True
-        return allowed
+        return ids_of(known, opened.record.next_id)
+    allowed = np.zeros(opened.record.next_id, np.bool_)
     at = {shard.name: shard.first_id for shard in known}
     for name, columns in read_columns(folder, where.columns, sorted(at)):
         size = len(columns[where.columns[0]])

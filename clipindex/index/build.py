@@ -62,7 +62,7 @@ def train_index(
     return _product_index(plan, centroids, vectors) if plan.kind == "ivfpq" else _scalar_index(plan, centroids, vectors)
 
 
-def ivf_of(index: faiss.Index) -> faiss.IndexIVF | None:
+def ivf_of(index: faiss.Index) -> Any:  # noqa: ANN401 - an IndexIVF
     """The index of inverted lists in an index; None where it has none."""
     found = faiss.try_extract_index_ivf(index)
     return None if found is None else faiss.downcast_index(found)

@@ -204,7 +204,7 @@ class VectorReader:
     """Vectors of any rows of a directory, each by a seek of its own; the files that were asked last stay open."""
 
     def __init__(self, folder: str | Path) -> None:
-        self._folder = Path(folder) / "embeddings"
+        self.folder = Path(folder)
         self._dataset = read_dataset(folder)
         self._open: dict[str, MappedVectors] = {}
 
@@ -214,7 +214,7 @@ class VectorReader:
         Raises:
             StoreError: The file is damaged, or has no such rows.
         """
-        path = self._folder / f"{name}.parquet"
+        path = self.folder / "embeddings" / f"{name}.parquet"
         vectors = self._open.pop(name, None)
         try:
             if vectors is None:
