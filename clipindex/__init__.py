@@ -14,6 +14,7 @@ from clipindex.version import __version__
 if TYPE_CHECKING:
     from clipindex.embed_job import EmbedSummary, embed
     from clipindex.errors import ClipindexError
+    from clipindex.index_job import IndexSummary, build_index
     from clipindex.models import load_model
     from clipindex.nearest import Filter
     from clipindex.packing import PackSummary, pack
@@ -30,11 +31,13 @@ _HOMES = {
     "EmbedSummary": "embed_job",
     "Filter": "nearest",
     "Hit": "retrieval",
+    "IndexSummary": "index_job",
     "ModelSpec": "types",
     "PackSummary": "packing",
     "Query": "retrieval",
     "VerifySummary": "verification",
     "build_classifier": "zeroshot",
+    "build_index": "index_job",
     "classify": "zeroshot",
     "classify_images": "zeroshot",
     "embed": "embed_job",
@@ -56,12 +59,14 @@ __all__ = [
     "EmbedSummary",
     "Filter",
     "Hit",
+    "IndexSummary",
     "ModelSpec",
     "PackSummary",
     "Query",
     "VerifySummary",
     "__version__",
     "build_classifier",
+    "build_index",
     "classify",
     "classify_images",
     "embed",

@@ -45,6 +45,7 @@ SHEET_SIDE = 180
 @click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="Rows for each query.")
 @click.option("--label", "labels", type=int, multiple=True, metavar="N", help="Only rows with this label; repeatable.")
 @click.option("--caption", metavar="WORDS", help="Only rows whose caption contains this, whatever its case.")
+@click.option("--exact", is_flag=True, help="Look at every row, though there is an index.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE.parquet", help="Write all hits to this file.")
 @click.option(
     "--save",
@@ -64,6 +65,7 @@ def search(
     k: int,
     labels: tuple[int, ...],
     caption: str | None,
+    exact: bool,
     out: Path | None,
     save: Path | None,
     as_json: bool,
@@ -71,8 +73,8 @@ def search(
 ) -> int:
     """Find the images of an embedding directory that are nearest to a text, an image, or one another.
 
-    Several --text, --image and --key are one query: their vectors are added up, those of --minus subtracted. The search
-    is exact, over all rows.
+    Several --text, --image and --key are one query: their vectors are added up, those of --minus subtracted. Where DIR
+    has an index, as clipindex index builds it, the search goes through that, else it looks at every row.
     """  # fmt: skip
     context = click.get_current_context()
     if options["model"] is None:
@@ -101,6 +103,7 @@ def search(
             folder,
             asked,
             k=k,
+            exact=exact,
             where=nearest.Filter(labels=labels, caption=caption),
             model=spec(options) if options["model"] else None,
             device=options["device"],
