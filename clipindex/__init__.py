@@ -14,6 +14,7 @@ from clipindex.version import __version__
 if TYPE_CHECKING:
     from clipindex.embed_job import EmbedSummary, embed
     from clipindex.errors import ClipindexError
+    from clipindex.exchange import ExportSummary, ImportSummary, export_embeddings, import_embeddings
     from clipindex.models import load_model
     from clipindex.packing import PackSummary, pack
     from clipindex.retrieval import Filter, Hit, Query, read_image, search
@@ -27,8 +28,10 @@ _HOMES = {
     "ClassifySummary": "zeroshot",
     "ClipindexError": "errors",
     "EmbedSummary": "embed_job",
+    "ExportSummary": "exchange",
     "Filter": "retrieval",
     "Hit": "retrieval",
+    "ImportSummary": "exchange",
     "ModelSpec": "types",
     "PackSummary": "packing",
     "Query": "retrieval",
@@ -37,6 +40,8 @@ _HOMES = {
     "classify": "zeroshot",
     "classify_images": "zeroshot",
     "embed": "embed_job",
+    "export_embeddings": "exchange",
+    "import_embeddings": "exchange",
     "list_shards": "shards",
     "load_model": "models",
     "pack": "packing",
@@ -53,8 +58,10 @@ __all__ = [
     "ClassifySummary",
     "ClipindexError",
     "EmbedSummary",
+    "ExportSummary",
     "Filter",
     "Hit",
+    "ImportSummary",
     "ModelSpec",
     "PackSummary",
     "Query",
@@ -64,6 +71,8 @@ __all__ = [
     "classify",
     "classify_images",
     "embed",
+    "export_embeddings",
+    "import_embeddings",
     "list_shards",
     "load_model",
     "pack",

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from clipindex.cli import bench, classify, demo, embed, pack, search, verify
+from clipindex.cli import bench, classify, demo, embed, exporting, importing, pack, search, verify
 from clipindex.errors import ClipindexError, UsageError
 from clipindex.version import __version__
 
@@ -103,5 +103,15 @@ def commands() -> None:
     """
 
 
-for command in (pack.pack, embed.embed, verify.verify, classify.classify, search.search, demo.demo, bench.bench):
+for command in (
+    pack.pack,
+    embed.embed,
+    verify.verify,
+    classify.classify,
+    search.search,
+    importing.import_embeddings,
+    exporting.export_embeddings,
+    demo.demo,
+    bench.bench,
+):
     commands.add_command(command)
