@@ -15,6 +15,7 @@ from corpus import labelled, write_tar
 from clipindex import embed, export_embeddings, import_embeddings, read_embeddings, verify
 from clipindex.cli import commands
 from clipindex.errors import StoreError, UsageError
+from clipindex.exchange import FORMATS
 from clipindex.store import published_shards
 
 HERE = {"device": "cpu", "precision": "fp32", "batch_size": 16}
@@ -238,6 +239,11 @@ def test_mistakes_and_damage_are_told(made, tmp_path):
         export_embeddings(tmp_path / "emb", tmp_path / "x", format="npy")
     assert not list((tmp_path / "x").rglob("*.tmp"))
     assert files(tmp_path / "x") == ["_export.json", "img_emb/img_emb_0000.npy", "metadata/metadata_0000.parquet"]
+
+
+def test_formats_are_those_of_the_module_that_the_command_line_does_not_load():
+    (option,) = [one for one in commands.commands["export"].params if one.name == "form"]
+    assert tuple(option.type.choices) == FORMATS
 
 
 def test_the_command(made, tmp_path, capsys):

@@ -43,7 +43,7 @@ class ImportSummary:
     """Which is what the user says: vectors do not tell."""
     fingerprint: str
     shards: int
-    """Files of vectors that the source has."""
+    """Files of vectors that have rows beside them."""
     shards_done_before: int
     shards_imported: int
     shards_changed: list[str]
