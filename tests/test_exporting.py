@@ -220,6 +220,20 @@ def test_a_directory_that_grew_is_another_export(made, tmp_path):
         export_embeddings(tmp_path / "emb", tmp_path / "x", format="npy")
 
 
+def test_a_shard_that_is_made_anew_meanwhile_is_no_half_of_an_export(made, tmp_path):
+    write_tar(tmp_path / "t" / "0.tar", labelled(["a", "b"]))
+    write_tar(tmp_path / "t" / "1.tar", labelled(["c", "d"]))
+    embed(str(tmp_path / "t"), tmp_path / "emb", model="demo", **HERE)
+
+    def change(rows, total):
+        write_tar(tmp_path / "t" / "1.tar", labelled(["c", "d", "e"]))
+        embed(str(tmp_path / "t"), tmp_path / "emb", model="demo", refresh=True, **HERE)
+
+    with pytest.raises(StoreError, match="made anew while it was exported"):
+        export_embeddings(tmp_path / "emb", tmp_path / "x", format="npy", on_progress=change)
+    assert files(tmp_path / "x") == ["_export.json", "img_emb/img_emb_0000.npy", "metadata/metadata_0000.parquet"]
+
+
 def test_mistakes_and_damage_are_told(made, tmp_path):
     with pytest.raises(UsageError, match="choose one of npy, parquet, arrow"):
         export_embeddings(made / "out", tmp_path / "x", format="csv")

@@ -260,6 +260,13 @@ def test_columns_of_another_kind_than_ours_go_into_meta(tmp_path):
     assert json.loads(metas[1])["taken"] == "1970-01-01 00:00:01.000000001"
 
 
+def test_categories_of_pandas_are_what_they_stand_for(tmp_path):
+    rows = pd.DataFrame({"key": ["a", "b", "c"], "caption": ["x", None, "x"], "label": [5, 4, 5]}).astype("category")
+    take(put(tmp_path / "c", "0", unit(3), rows), tmp_path / "out")
+    keys, _, captions, labels, metas = taken(tmp_path / "out", "caption", "label", "meta")
+    assert (keys, captions, labels, metas) == (["a", "b", "c"], ["x", None, "x"], [5, 4, 5], [None] * 3)
+
+
 def ids_as(kind, folder, names):
     path = folder / f"ids.{kind.partition(' ')[0]}"
     if kind == "txt":

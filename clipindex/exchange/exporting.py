@@ -170,6 +170,8 @@ def _blocks(
     """A shard's rows, `before` having come before; which shard it is, and which tar, goes with each of them."""
     for batch in read_embeddings(folder, _COLUMNS, [record.name]):
         count = len(batch.embedding)
+        if batch.shard != record:
+            raise StoreError(f"shard {record.name} was made anew while it was exported; export into a new folder")
         try:
             pa.table(batch.columns).validate(full=True)
         except pa.ArrowException as error:

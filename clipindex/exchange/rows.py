@@ -93,6 +93,7 @@ def _key_column(path: Path, names: Sequence[str], schema: pa.Schema) -> str:
     if key is None:
         raise ShardError(f"{path}: none of its columns ({', '.join(names)}) is called key or image_path; rename one")
     kind = schema.field(key).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (_is_text(kind) or pa.types.is_integer(kind)):
         raise ShardError(f"{path}: column {key!r} is {kind}; keys are strings or integers")
     return key
@@ -130,7 +131,7 @@ def _only_keys(keys: Sequence[str]) -> Rows:
 
 def _rows(batch: pa.RecordBatch, key: str) -> Rows:
     """Some rows of a table, each column where it belongs."""
-    columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+    columns = {name: _plain_column(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
     keys = ["" if value is None else str(value) for value in columns.pop(key).to_pylist()]
     faults = {at: ("tar", why) for at, one in enumerate(keys) if (why := _key_fault(one))}
     keys = [one[:MAX_NAME_CHARACTERS] for one in keys]
@@ -155,6 +156,13 @@ def _rows(batch: pa.RecordBatch, key: str) -> Rows:
         taken.get("norm", nothing),
         faults,
     )
+
+
+def _plain_column(column: pa.Array) -> pa.Array:
+    """Categories of pandas as what they stand for, and times as text: Python knows no nanoseconds."""
+    if pa.types.is_dictionary(column.type):
+        return column.dictionary_decode()
+    return column.cast(pa.string()) if pa.types.is_timestamp(column.type) else column
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -205,14 +213,9 @@ def _metas(keys: Sequence[str], metas: Sequence[str | None], columns: dict[str, 
     names = [name for name in columns if not _PANDAS_INDEX.match(name)]
     if not names:
         return list(metas)
-    rows = zip(*(_as_text_of_time(columns[name]).to_pylist() for name in names), strict=True)
+    rows = zip(*(columns[name].to_pylist() for name in names), strict=True)
     fields = (dict(zip(names, row, strict=True)) for row in rows)
     return [_meta(key, meta, row) for key, meta, row in zip(keys, metas, fields, strict=True)]
-
-
-def _as_text_of_time(column: pa.Array) -> pa.Array:
-    """Python knows no nanoseconds."""
-    return column.cast(pa.string()) if pa.types.is_timestamp(column.type) else column
 
 
 def _meta(key: str, meta: str | None, row: dict[str, Any]) -> str | None:
