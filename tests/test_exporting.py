@@ -90,6 +90,8 @@ def test_there_and_back(made, tmp_path):
     assert verify(tmp_path / "back").faults == []
     # A second time around nothing is added: where a row was first is what stays.
     export_embeddings(tmp_path / "back", tmp_path / "x2", format="npy")
+    table = pq.read_table(tmp_path / "x2" / "metadata" / "metadata_0001.parquet")
+    assert set(table["tar_url"].to_pylist()) == set(table["tar_size"].to_pylist()) == {None}
     import_embeddings(tmp_path / "x2", tmp_path / "back2", model="demo")
     assert [json.loads(row["meta"]) for row in rows_of(tmp_path / "back2")[0]] == metas
 

@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -356,6 +357,30 @@ def test_a_damaged_file_is_not_published_and_the_others_are(tmp_path, name):
     assert (again.shards_done_before, again.shards_imported, again.shards_failed) == (2, 1, {})
     assert verify(tmp_path / "out").faults == []
     assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("form", ["pickle", "npy"])
+def test_no_pickle_is_loaded(tmp_path, form):
+    given = lone(tmp_path, unit(1))
+    trap = Touch(tmp_path / "sprung")
+    if form == "pickle":
+        given["source"].write_bytes(pickle.dumps(trap))
+    else:
+        np.save(given["source"], np.array([trap], object), allow_pickle=True)
+    assert list(take(**given).shards_failed) == [str(given["source"])]
+    assert not trap.path.exists()
+    pickle.loads(pickle.dumps(trap))
+    assert trap.path.exists()
 
 
 def test_rows_without_vectors_are_said(tmp_path):
