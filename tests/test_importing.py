@@ -438,6 +438,23 @@ def test_what_was_stopped_leaves_nothing_half_and_is_finished(tmp_path):
     assert (again.shards_done_before, again.shards_imported) == (1, 1)
 
 
+@pytest.mark.parametrize("lines", [[f"id{at}" for at in range(7000)], ["id0"] * 4500])
+def test_ids_that_change_while_they_are_read_are_not_published(tmp_path, lines):
+    given = lone(tmp_path, unit(5000))
+    size = given["ids"].stat().st_size
+    text = "\n".join(lines)
+
+    def change(rows, share):
+        with open(given["ids"], "r+") as file:
+            file.write(text)
+            file.truncate(len(text))
+
+    assert len(text) != size
+    (why,) = take(**given, on_progress=change).shards_failed.values()
+    assert "ids.txt had 5,000 rows, and then others" in why
+    assert published_shards(tmp_path / "out") == {}
+
+
 def test_mistakes_are_told(tmp_path):
     put(tmp_path / "c", "0", unit(5), frame(5))
     (tmp_path / "ids.txt").write_text("a\n")

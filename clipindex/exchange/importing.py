@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -185,7 +185,7 @@ def _import_pair(pair: Pair, folder: Path, dataset: Dataset, progress: _Progress
         )
     writer = ShardWriter(folder, pair.shard, dataset)
     try:
-        stages, normalised = _append_all(writer, vectors, rows, progress)
+        stages, normalised = _append_all(writer, vectors, _in_full(pair, rows), progress)
         if stat_source(pair.shard.url) != (pair.shard.size, pair.shard.version):
             raise ShardError(f"{pair.shard.url} changed while it was read; run again")
         record, is_ours = writer.publish(
@@ -201,14 +201,26 @@ def _import_pair(pair: Pair, folder: Path, dataset: Dataset, progress: _Progress
     return _Imported(record, is_ours, stages, normalised)
 
 
+def _in_full(pair: Pair, rows: RowFile) -> Iterator[Rows]:
+    """The blocks of a file, as long as they are what it said when it was opened."""
+    count = 0
+    for block in rows.blocks:
+        count += len(block.keys)
+        if count > rows.num_rows:
+            break
+        yield block
+    if count != rows.num_rows:
+        raise ShardError(f"{pair.rows} had {rows.num_rows:,} rows, and then others; run again when nobody writes it")
+
+
 def _append_all(
-    writer: ShardWriter, vectors: np.ndarray[Any, Any], rows: RowFile, progress: _Progress
+    writer: ShardWriter, vectors: np.ndarray[Any, Any], blocks: Iterable[Rows], progress: _Progress
 ) -> tuple[Counter[str], int]:
     """Write all rows of a shard; how many were rejected at which stage, and how many were not of unit length."""
     seen: set[str] = set()
     stages: Counter[str] = Counter()
     normalised = first = 0
-    for block in rows.blocks:
+    for block in blocks:
         found = to_unit(vectors[first : first + len(block.keys)])
         faults = _faults(block, found, seen)
         for at, (stage, reason) in faults.items():
