@@ -14,6 +14,7 @@ from clipindex.version import __version__
 if TYPE_CHECKING:
     from clipindex.embed_job import EmbedSummary, embed
     from clipindex.errors import ClipindexError
+    from clipindex.exchange import ExportSummary, ImportSummary, export_embeddings, import_embeddings
     from clipindex.index_job import IndexSummary, build_index
     from clipindex.models import load_model
     from clipindex.nearest import Filter
@@ -29,8 +30,10 @@ _HOMES = {
     "ClassifySummary": "zeroshot",
     "ClipindexError": "errors",
     "EmbedSummary": "embed_job",
+    "ExportSummary": "exchange",
     "Filter": "nearest",
     "Hit": "retrieval",
+    "ImportSummary": "exchange",
     "IndexSummary": "index_job",
     "ModelSpec": "types",
     "PackSummary": "packing",
@@ -41,6 +44,8 @@ _HOMES = {
     "classify": "zeroshot",
     "classify_images": "zeroshot",
     "embed": "embed_job",
+    "export_embeddings": "exchange",
+    "import_embeddings": "exchange",
     "list_shards": "shards",
     "load_model": "models",
     "pack": "packing",
@@ -57,8 +62,10 @@ __all__ = [
     "ClassifySummary",
     "ClipindexError",
     "EmbedSummary",
+    "ExportSummary",
     "Filter",
     "Hit",
+    "ImportSummary",
     "IndexSummary",
     "ModelSpec",
     "PackSummary",
@@ -70,6 +77,8 @@ __all__ = [
     "classify",
     "classify_images",
     "embed",
+    "export_embeddings",
+    "import_embeddings",
     "list_shards",
     "load_model",
     "pack",

@@ -14,30 +14,19 @@ from clipindex.batch_size import fastest_batch_size
 from clipindex.decode import MAX_PIXELS
 from clipindex.devices import choose_devices, choose_precision
 from clipindex.encode import ImageTower
-from clipindex.errors import FingerprintError, StoreError, UsageError
+from clipindex.errors import StoreError, UsageError
 from clipindex.models import load_model
 from clipindex.pipeline import Progress, embed_shards
 from clipindex.shards import MAX_BYTES, list_shards
 from clipindex.stages import StageTimes, stage_times
-from clipindex.store import DTYPES, Dataset, ShardRecord, open_dataset, published_shards
-from clipindex.types import ImageEncoder, ModelSpec, Shard
+from clipindex.store import DTYPES, Plan, ShardRecord, open_dataset, plan_shards, published_shards
+from clipindex.types import ImageEncoder, ModelSpec
 from clipindex.version import CREATED_BY
 
 PREPROCESS = ("exact", "fast")
 ON_BROKEN_SHARD = ("fail", "salvage")
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """Shards of a run, sorted by what is to be done with them."""
-
-    todo: Sequence[Shard]
-    done: Sequence[Shard]
-    """Published before."""
-    changed: Sequence[Shard]
-    """Published before from a tar that has changed since; run again only on `refresh`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,7 +139,7 @@ def embed(
     if folder.is_file():
         raise StoreError(f"{folder} is a file; embeddings go into a folder")
     dataset = open_dataset(folder, loaded.info, dtype, CREATED_BY)
-    plan = _plan(shards, published_shards(folder), dataset, refresh)
+    plan = plan_shards(shards, published_shards(folder), dataset, refresh=refresh)
     on_plan(plan)
     size = batch_size or (_measured_batch_size(encoders[0]) if plan.todo else 0)
 
@@ -233,24 +222,3 @@ def _measured_batch_size(encoder: ImageEncoder) -> int:
     size, rate = fastest_batch_size(encoder)
     log.info("batch size %d, at which %s encodes %.0f images/s", size, encoder.device, rate)
     return size
-
-
-def _plan(shards: Sequence[Shard], published: dict[str, ShardRecord], dataset: Dataset, refresh: bool) -> Plan:
-    todo: list[Shard] = []
-    done: list[Shard] = []
-    changed: list[Shard] = []
-    for shard in shards:
-        record = published.get(shard.name)
-        if record is None:
-            todo.append(shard)
-            continue
-        if record.fingerprint != dataset.model.fingerprint:
-            raise FingerprintError(
-                f"embeddings/{shard.name}.parquet is of another model ({record.fingerprint[:12]}) than its directory"
-                f" ({dataset.model.fingerprint[:12]}); delete it and run again"
-            )
-        if (record.size, record.version) == (shard.size, shard.version):
-            done.append(shard)
-        else:
-            (todo if refresh else changed).append(shard)
-    return Plan(todo=todo, done=done, changed=changed)

@@ -18,7 +18,7 @@ class SourceError(ClipindexError, OSError):
 
 
 class ShardError(ClipindexError, ValueError):
-    """A tar whose stream breaks; the shard is not published."""
+    """A tar whose stream breaks, or vectors that do not fit their rows; the shard is not published."""
 
 
 class SampleError(ClipindexError, ValueError):

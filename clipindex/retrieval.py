@@ -75,8 +75,9 @@ class Hit:
     label: int | None
     caption: str | None
     url: str
-    """Of its tar."""
+    """Of its tar, or of the file it was imported from."""
     tar_offset: int | None
+    """None where the tar is compressed, or where there is none."""
     tar_size: int
 
 
@@ -126,11 +127,15 @@ def read_image(folder: str | Path, hit: Hit) -> bytes:
     """The encoded image of a hit of this directory, cut out of its tar.
 
     Raises:
-        SourceError: The tar cannot be read, is compressed, or has changed since.
+        SourceError: The tar cannot be read, is compressed, or has changed since; or the row was imported.
     """
+    record = read_record(Path(folder) / "embeddings" / f"{hit.shard}.parquet")
+    if record.is_imported:
+        raise SourceError(
+            f"{hit.url} was imported: there are vectors in it, no images; meta may say where a row is from"
+        )
     if hit.tar_offset is None:
         raise SourceError(f"{hit.url} is compressed: no offset leads to its images")
-    record = read_record(Path(folder) / "embeddings" / f"{hit.shard}.parquet")
     if stat_source(hit.url) != (record.size, record.version):
         raise SourceError(
             f"{hit.url} changed since it was embedded: its offsets lead elsewhere; embed it with --refresh"

@@ -66,7 +66,7 @@ class ModelInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
-    """One tar of a corpus, as it was when the job began."""
+    """One tar of a corpus, or one file of vectors to import, as it was when the job began."""
 
     url: str
     """Absolute path, or URL."""

@@ -12,8 +12,9 @@ import click
 from clipindex.cli.options import apply, embed_options, json_option, model_options, print_result
 
 if TYPE_CHECKING:
-    from clipindex.embed_job import EmbedSummary, Plan
+    from clipindex.embed_job import EmbedSummary
     from clipindex.pipeline import Progress
+    from clipindex.store import Plan
 
 
 @click.command()

@@ -19,7 +19,12 @@ MAX_REJECT_RATE = 0.1
 
 def model_options(*, required: bool) -> Callable[[Command], Command]:
     """Which model, on what device, in which precision."""
-    options = [
+    return apply([*spec_options(required=required), *device_options])
+
+
+def spec_options(*, required: bool) -> list[Callable[[Command], Command]]:
+    """Which model."""
+    return [
         click.option(
             "--model",
             required=required,
@@ -37,9 +42,7 @@ def model_options(*, required: bool) -> Callable[[Command], Command]:
             default=None,
             help="Activation of a weights file that does not say.",
         ),
-        *device_options,
     ]
-    return apply(options)
 
 
 device_options = [

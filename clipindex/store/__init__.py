@@ -1,14 +1,15 @@
 """Embedding directories: what is written for each shard, and how it is read back.
 
     DIR/dataset.json               format version, model, dim, dtype
-    DIR/embeddings/<name>.parquet  one per tar; it is there whole, or not at all
-    DIR/rejects/<name>.parquet     samples of that tar that did not become rows; only where there are any
+    DIR/embeddings/<name>.parquet  one per tar, or per imported file of vectors; it is there whole, or not at all
+    DIR/rejects/<name>.parquet     samples of it that did not become rows; only where there are any
 
 Row id = (shard, row). The footer of each embeddings file carries, under the key `clipindex`, a `ShardRecord` as JSON.
 """
 
 from clipindex.store.dataset import (
     DTYPES,
+    IMPORTED,
     ROW_GROUP_ROWS,
     Dataset,
     ShardRecord,
@@ -17,6 +18,7 @@ from clipindex.store.dataset import (
     open_dataset,
     read_dataset,
 )
+from clipindex.store.plan import Plan, plan_shards
 from clipindex.store.read import (
     EmbeddingBatch,
     VectorReader,
@@ -34,10 +36,12 @@ from clipindex.store.write import AtomicParquet, ShardWriter
 
 __all__ = [
     "DTYPES",
+    "IMPORTED",
     "ROW_GROUP_ROWS",
     "AtomicParquet",
     "Dataset",
     "EmbeddingBatch",
+    "Plan",
     "ShardRecord",
     "ShardWriter",
     "VectorReader",
@@ -45,6 +49,7 @@ __all__ = [
     "check_fingerprint",
     "describe_model",
     "open_dataset",
+    "plan_shards",
     "published_record",
     "published_shards",
     "read_dataset",

@@ -16,6 +16,8 @@ ROW_GROUP_ROWS = 16_384
 """16 MiB of 512 float16: read back at 870k rows/s, where groups of 200k rows give 180k (page-faulting fresh memory)."""
 DTYPES = ("float16", "float32")
 FOOTER_KEY = b"clipindex"
+IMPORTED = "imported"
+"""The decoder of shards whose vectors another program made."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,22 +39,28 @@ class ShardRecord:
     name: str
     url: str
     size: int
-    """Bytes of the tar."""
+    """Bytes of the tar, or of the imported file."""
     version: str
-    """Of the tar when it was read, as in `Shard`."""
+    """Of that file when it was read, as in `Shard`."""
     samples: int
     rows: int
     rejects: int
     fingerprint: str
     precision: str
-    """Of the weights, when these rows were made."""
+    """Of the weights, when these rows were made; 'unknown' of imported ones."""
     decoder: str
-    """'exact' or 'fast'."""
+    """'exact', 'fast' or `IMPORTED`."""
     device: str
+    """'unknown' for imported rows."""
     seconds: float
     """From the shard's first sample to its publication."""
     broken: str | None = None
     """Where and why the tar's stream breaks, of a shard whose samples before that were salvaged."""
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether the rows are another program's vectors, with no tar to look them up in."""
+        return self.decoder == IMPORTED
 
 
 def embedding_schema(dim: int, dtype: str) -> pa.Schema:

@@ -1,0 +1,273 @@
+"""Vectors that another program made, as shards of an embedding directory."""
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from clipindex.errors import ShardError, SourceError, StoreError, UsageError
+from clipindex.exchange.rows import RowFile, Rows, open_rows
+from clipindex.exchange.sources import Pair, list_pairs
+from clipindex.exchange.vectors import UnitVectors, open_vectors, to_unit
+from clipindex.models import load_model
+from clipindex.shards import LONG_KEY_CHARACTERS
+from clipindex.store import (
+    DTYPES,
+    IMPORTED,
+    Dataset,
+    ShardRecord,
+    ShardWriter,
+    open_dataset,
+    plan_shards,
+    published_shards,
+)
+from clipindex.types import ModelSpec, Reject, Sample, Shard
+from clipindex.urls import stat_source
+from clipindex.version import CREATED_BY
+
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportSummary:
+    """What an import did."""
+
+    source: str
+    out: str
+    model: str
+    """Which is what the user says: vectors do not tell."""
+    fingerprint: str
+    shards: int
+    """Files of vectors that have rows beside them."""
+    shards_done_before: int
+    shards_imported: int
+    shards_changed: list[str]
+    """Files that differ from what their published rows were made of, and were left so."""
+    shards_done_elsewhere: int
+    """By another run on the same directory, since this one began."""
+    shards_failed: dict[str, str]
+    """File and why; these are not published."""
+    samples: int
+    """Vectors of this run, as all counts below."""
+    rows: int
+    rejects: int
+    rejects_by_stage: dict[str, int]
+    normalised: int
+    """Rows whose vectors were not of unit length; their length is kept."""
+    seconds: float
+    vectors_per_s: float
+
+    @property
+    def reject_rate(self) -> float:
+        """Rejects of all samples, 0 to 1."""
+        return self.rejects / self.samples if self.samples else 0.0
+
+
+class _Imported(NamedTuple):
+    record: ShardRecord
+    is_ours: bool
+    reject_stages: Counter[str]
+    normalised: int
+
+
+class _Progress:
+    """Adds up vectors, and bytes of files: also of those that end early."""
+
+    def __init__(self, num_bytes: int, report: Callable[[int, float], None]) -> None:
+        self._num_bytes = num_bytes
+        self._report = report
+        self._rows = 0
+        self._bytes_of_file = self._bytes_before = 0
+
+    def add(self, rows: int, num_bytes: int) -> None:
+        self._rows += rows
+        self._bytes_of_file += num_bytes
+        self._report(self._rows, (self._bytes_before + self._bytes_of_file) / self._num_bytes)
+
+    def finish(self, shard: Shard) -> None:
+        self._bytes_before += shard.size
+        self._bytes_of_file = 0
+
+
+def import_embeddings(
+    source: str | Path,
+    out: str | Path,
+    *,
+    model: str,
+    pretrained: str | None = None,
+    random_init: int | None = None,
+    quick_gelu: bool | None = None,
+    ids: str | Path | None = None,
+    dtype: str = "float16",
+    refresh: bool = False,
+    on_progress: Callable[[int, float], None] = lambda rows, share: None,
+) -> ImportSummary:
+    """Take over vectors that another program made: each .npy file becomes a shard.
+
+    Columns `key` (else `image_path`), `label`, `caption`, `width`, `height` and `norm` of the rows keep their places;
+    all others go into `meta`. Files that are published already are passed over.
+
+    Args:
+        source: What clip-retrieval wrote (``img_emb/*.npy``, ``metadata/*.parquet``), or one .npy file.
+        out: The embedding directory, made where there is none.
+        model: That made the vectors, as for `embed_job.embed`. Nothing in the vectors can prove it; the model is loaded
+            for its fingerprint and what goes with it.
+        pretrained: open_clip tag or local weights file.
+        random_init: Seed of random weights in place of trained ones.
+        quick_gelu: Activation of a weights file that does not say.
+        ids: For one .npy file: whose vectors they are. A text with an id a line, Parquet, or a .npy of strings.
+        dtype: Of the embedding column: 'float16' or 'float32'.
+        refresh: Import changed files again.
+        on_progress: Called with vectors read and the share of all bytes, 0 to 1.
+
+    Raises:
+        ClipindexError: Whatever is the caller's to mend. A file that does not fit its rows is no error: the others go
+            on, and the summary names it.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    pairs, failed = list_pairs(source, ids)
+    info = load_model(ModelSpec(name=model, pretrained=pretrained, random_init=random_init, quick_gelu=quick_gelu)).info
+    folder = Path(out)
+    if folder.is_file():
+        raise StoreError(f"{folder} is a file; embeddings go into a folder")
+    dataset = open_dataset(folder, info, dtype, CREATED_BY)
+    plan = plan_shards([pair.shard for pair in pairs], published_shards(folder), dataset, refresh=refresh)
+    started = time.perf_counter()
+    found: list[_Imported] = []
+    progress = _Progress(sum(shard.size for shard in plan.todo), on_progress)
+    todo = set(plan.todo)
+    for pair in pairs:
+        if pair.shard not in todo:
+            continue
+        try:
+            found.append(_import_pair(pair, folder, dataset, progress))
+        except (ShardError, SourceError) as error:
+            failed[pair.shard.url] = str(error)
+        progress.finish(pair.shard)
+    seconds = time.perf_counter() - started
+    ours = [one for one in found if one.is_ours]
+    samples = sum(one.record.samples for one in ours)
+    return ImportSummary(
+        source=str(source),
+        out=str(folder),
+        model=info.spec.name,
+        fingerprint=info.fingerprint,
+        shards=len(pairs),
+        shards_done_before=len(plan.done),
+        shards_imported=len(ours),
+        shards_changed=[shard.url for shard in plan.changed],
+        shards_done_elsewhere=len(found) - len(ours),
+        shards_failed=failed,
+        samples=samples,
+        rows=sum(one.record.rows for one in ours),
+        rejects=sum(one.record.rejects for one in ours),
+        rejects_by_stage=dict(sorted(sum((one.reject_stages for one in ours), Counter[str]()).items())),
+        normalised=sum(one.normalised for one in ours),
+        seconds=round(seconds, 3),
+        vectors_per_s=round(samples / seconds, 1) if samples else 0.0,
+    )
+
+
+def _import_pair(pair: Pair, folder: Path, dataset: Dataset, progress: _Progress) -> _Imported:
+    started = time.perf_counter()
+    vectors = open_vectors(Path(pair.shard.url), dataset.model.dim)
+    rows = open_rows(pair.rows)
+    if rows.num_rows != len(vectors):
+        raise ShardError(
+            f"{pair.shard.url} has {len(vectors):,} vectors, but {pair.rows} {rows.num_rows:,} rows;"
+            " find out which belong together"
+        )
+    writer = ShardWriter(folder, pair.shard, dataset)
+    try:
+        stages, normalised = _append_all(writer, vectors, _in_full(pair, rows), progress)
+        if stat_source(pair.shard.url) != (pair.shard.size, pair.shard.version):
+            raise ShardError(f"{pair.shard.url} changed while it was read; run again")
+        record, is_ours = writer.publish(
+            samples=len(vectors),
+            precision=UNKNOWN,
+            decoder=IMPORTED,
+            device=UNKNOWN,
+            seconds=time.perf_counter() - started,
+        )
+    except BaseException:
+        writer.abort()
+        raise
+    return _Imported(record, is_ours, stages, normalised)
+
+
+def _in_full(pair: Pair, rows: RowFile) -> Iterator[Rows]:
+    """The blocks of a file, as long as they are what it said when it was opened."""
+    count = 0
+    for block in rows.blocks:
+        count += len(block.keys)
+        if count > rows.num_rows:
+            break
+        yield block
+    if count != rows.num_rows:
+        raise ShardError(f"{pair.rows} had {rows.num_rows:,} rows, and then others; run again when nobody writes it")
+
+
+def _append_all(
+    writer: ShardWriter, vectors: np.ndarray[Any, Any], blocks: Iterable[Rows], progress: _Progress
+) -> tuple[Counter[str], int]:
+    """Write all rows of a shard; how many were rejected at which stage, and how many were not of unit length."""
+    seen: set[str] = set()
+    stages: Counter[str] = Counter()
+    normalised = first = 0
+    for block in blocks:
+        found = to_unit(vectors[first : first + len(block.keys)])
+        faults = _faults(block, found, seen)
+        for at, (stage, reason) in faults.items():
+            stages[stage] += 1
+            writer.reject(
+                Reject(key=block.keys[at], member=f"row {first + at}", stage=stage, reason=reason, tar_offset=None)
+            )
+        kept = [at for at in range(len(block.keys)) if at not in faults]
+        _append(writer, block, found, kept)
+        normalised += int((~found.is_unit[kept]).sum())
+        first += len(block.keys)
+        progress.add(len(block.keys), vectors[:1].nbytes * len(block.keys))
+    return stages, normalised
+
+
+def _faults(block: Rows, found: UnitVectors, seen: set[str]) -> dict[int, tuple[str, str]]:
+    """Stage and reason of the rows that cannot be taken, in order."""
+    faults: dict[int, tuple[str, str]] = {}
+    for at, key in enumerate(block.keys):
+        remembered = key if len(key) <= LONG_KEY_CHARACTERS else hashlib.sha256(key.encode()).hexdigest()
+        fault = block.faults.get(at)
+        if key and remembered in seen:
+            faults[at] = ("tar", f"key {key!r} came before in this file")
+        elif fault is not None:
+            faults[at] = fault
+        elif at in found.faults:
+            faults[at] = ("encode", found.faults[at])
+        seen.add(remembered)
+    return faults
+
+
+def _append(writer: ShardWriter, block: Rows, found: UnitVectors, kept: list[int]) -> None:
+    """Vectors of unit length may come with the length they had; of all others it is measured."""
+    said = np.array([np.nan if norm is None else norm for norm in block.norms], np.float32)
+    is_said = found.is_unit & np.isfinite(said) & (said > 0)
+    samples = [
+        Sample(
+            key=block.keys[at],
+            member="",
+            image=b"",
+            tar_offset=None,
+            label=block.labels[at],
+            caption=block.captions[at],
+            meta=block.metas[at],
+        )
+        for at in kept
+    ]
+    if samples:
+        norms = np.where(is_said, said, found.lengths)
+        writer.append(samples, found.unit[kept], norms[kept], [block.sizes[at] for at in kept])
