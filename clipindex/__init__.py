@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from clipindex.version import __version__
 
 if TYPE_CHECKING:
+    from clipindex.duplicates import DuplicateSummary, find_duplicates
     from clipindex.embed_job import EmbedSummary, embed
     from clipindex.errors import ClipindexError
     from clipindex.exchange import ExportSummary, ImportSummary, export_embeddings, import_embeddings
@@ -34,6 +35,7 @@ _HOMES = {
     "Filter": "nearest",
     "Hit": "retrieval",
     "ImportSummary": "exchange",
+    "DuplicateSummary": "duplicates",
     "IndexSummary": "index_job",
     "ModelSpec": "types",
     "PackSummary": "packing",
@@ -45,6 +47,7 @@ _HOMES = {
     "classify_images": "zeroshot",
     "embed": "embed_job",
     "export_embeddings": "exchange",
+    "find_duplicates": "duplicates",
     "import_embeddings": "exchange",
     "list_shards": "shards",
     "load_model": "models",
@@ -61,6 +64,7 @@ _HOMES = {
 __all__ = [
     "ClassifySummary",
     "ClipindexError",
+    "DuplicateSummary",
     "EmbedSummary",
     "ExportSummary",
     "Filter",
@@ -78,6 +82,7 @@ __all__ = [
     "classify_images",
     "embed",
     "export_embeddings",
+    "find_duplicates",
     "import_embeddings",
     "list_shards",
     "load_model",

@@ -199,6 +199,56 @@ def through_index(
     return Nearest(cosines, shards, rows, names)
 
 
+def vectors_at(reader: VectorReader, names: Sequence[str], shards: IntArray, rows: IntArray) -> torch.Tensor:
+    """Vectors [n, D], float32, of rows: for each a place in `names` and a row."""
+    order = np.argsort(shards, kind="stable")
+    parts = [
+        reader.take(names[shards[at[0]]], rows[at])
+        for at in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1)
+        if len(at)
+    ]
+    if not parts:
+        return torch.empty(0, reader.dim)
+    return torch.from_numpy(np.concatenate(parts)[np.argsort(order)]).float()
+
+
+def row_cosines(
+    reader: VectorReader,
+    names: Sequence[str],
+    vectors: torch.Tensor,
+    shards: IntArray,
+    rows: IntArray,
+) -> Float32Array:
+    """Exact cosines [n] of vectors [n, D] and rows, one by one."""
+    cosines: Float32Array = torch.einsum("nd,nd->n", vectors, vectors_at(reader, names, shards, rows)).numpy()
+    return cosines
+
+
+def count_within(
+    folder: Path,
+    queries: Float32Array,
+    least: float,
+    names: Sequence[str],
+    on_progress: Callable[[int], None] = lambda num_rows: None,
+) -> IntArray:
+    """How many rows [Q] of some shards have at least this cosine to each query [Q, D], by looking at every row."""
+    asked = torch.from_numpy(queries)
+    counts = np.zeros(len(queries), np.int64)
+    total = 0
+
+    def count(batch: EmbeddingBatch) -> tuple[int, IntArray]:
+        scores = asked @ torch.from_numpy(batch.embedding).float().T
+        check_cosines(batch, scores.amax(dim=1).numpy())
+        return len(batch.embedding), (scores >= least).sum(dim=1).numpy()
+
+    with contextlib.closing(map_in_order(count, read_embeddings(folder, names=names), num_cores())) as batches:
+        for size, found in batches:
+            counts += found
+            total += size
+            on_progress(total)
+    return counts
+
+
 def locate(opened: OpenIndex, ids: IntArray) -> tuple[IntArray, IntArray]:
     """Place of the shard in `opened.shards`, and row within it, of each id; an id of -1 gets any.
 
@@ -335,9 +385,6 @@ def _cosines(
     """Exact cosines [Q, c] of queries [Q, D] and rows; -inf where the id is -1."""
     out = np.full(ids.shape, -np.inf, np.float32)
     query, place = np.nonzero(ids >= 0)
-    of, row = shards[query, place], rows[query, place]
-    for number in np.unique(of).tolist():
-        at = np.flatnonzero(of == number)
-        vectors = torch.from_numpy(reader.take(names[number], row[at])).float()
-        out[query[at], place[at]] = torch.einsum("nd,nd->n", vectors, torch.from_numpy(queries[query[at]])).numpy()
+    vectors = torch.from_numpy(queries)[torch.from_numpy(query)]
+    out[query, place] = row_cosines(reader, names, vectors, shards[query, place], rows[query, place])
     return out

@@ -175,13 +175,8 @@ def write_hits(path: str | Path, queries: Sequence[Query], found: Sequence[Seque
         for at, (query, hits) in enumerate(zip(queries, found, strict=True))
         for rank, hit in enumerate(hits, 1)
     ]
-    parquet = AtomicParquet(Path(path), _HITS_SCHEMA, compression="zstd")
-    try:
+    with AtomicParquet(Path(path), _HITS_SCHEMA, compression="zstd") as parquet:
         parquet.write(pa.Table.from_pylist(rows, schema=_HITS_SCHEMA))
-    except BaseException:
-        parquet.abort()
-        raise
-    parquet.commit()
 
 
 def _query_vectors(

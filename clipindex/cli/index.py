@@ -85,7 +85,8 @@ def index(folder: Path, prompts: Path | None, as_json: bool, **options: Any) -> 
         from clipindex import index_job, retrieval
 
         def on_progress(step: str, done: int, total: int) -> None:
-            seconds = time.monotonic() - started.setdefault(step, time.monotonic())
+            now = time.monotonic()
+            seconds = now - started.setdefault(step, now)
             rate = f", {done / seconds:,.0f}/s" if done and seconds else ""
             report(done, total, f"{step}: {done:,} of {total:,}{rate}" if total else step)
 

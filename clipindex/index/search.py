@@ -35,12 +35,12 @@ def find_within(
     least: float,
     probes: int,
     allowed: np.ndarray[Any, np.dtype[np.bool_]] | None,
-) -> tuple[IntArray, IntArray]:
-    """Pairs of a query's number and an id whose score, by the index, is above `least`; see `find`."""
-    limits, _, ids = index.range_search(
+) -> tuple[IntArray, IntArray, Float32Array]:
+    """Query number, id and score of each vector whose score, by the index, is above `least`; see `find`."""
+    limits, scores, ids = index.range_search(
         np.ascontiguousarray(queries, np.float32), least, params=_parameters(index, probes, 0, allowed)
     )
-    return np.repeat(np.arange(len(queries)), np.diff(limits.astype(np.int64))), ids
+    return np.repeat(np.arange(len(queries)), np.diff(limits.astype(np.int64))), ids, scores
 
 
 def _parameters(

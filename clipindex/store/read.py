@@ -26,6 +26,7 @@ from clipindex.store.dataset import (
 from clipindex.store.mapped import MappedVectors
 from clipindex.types import Shard
 
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
 MOST_COSINE = 1.01
 """Rounding to float16 lengthens a vector by a tenth of that at most."""
 _OPEN_FILES = 256
@@ -172,7 +173,7 @@ def check_cosines(batch: EmbeddingBatch, cosines: np.ndarray[Any, Any]) -> None:
         )
 
 
-def read_rows(folder: str | Path, name: str, rows: Sequence[int], columns: Sequence[str]) -> pa.Table:
+def read_rows(folder: str | Path, name: str, rows: Sequence[int] | IntArray, columns: Sequence[str]) -> pa.Table:
     """Some columns of some rows of a shard, in the order asked for; row groups without any of them are not read.
 
     Args:
@@ -206,9 +207,10 @@ class VectorReader:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._dataset = read_dataset(folder)
+        self.dim = self._dataset.model.dim
         self._open: dict[str, MappedVectors] = {}
 
-    def take(self, name: str, rows: np.ndarray[Any, np.dtype[np.int64]]) -> np.ndarray[Any, Any]:
+    def take(self, name: str, rows: IntArray) -> np.ndarray[Any, Any]:
         """Vectors [n, D] of some rows of a shard, in any order, in the directory's dtype.
 
         Raises:

@@ -28,11 +28,23 @@ PENDING_BYTES = 64 << 20
 
 
 class AtomicParquet:
-    """A Parquet file that appears under its name with its last row, or not at all; `commit` or `abort` ends it."""
+    """A Parquet file that appears under its name with its last row, or not at all.
+
+    `commit` or `abort` ends it, or leaving it as a context.
+    """
 
     def __init__(self, path: Path, schema: pa.Schema, **options: Any) -> None:  # noqa: ANN401 - of pq.ParquetWriter
         self._file = AtomicFile(path)
         self._writer = pq.ParquetWriter(self._file.file, schema, **options)
+
+    def __enter__(self) -> "AtomicParquet":
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        if error_type is None:
+            self.commit()
+        else:
+            self.abort()
 
     def write(self, table: pa.Table, row_group_size: int = 2 * ROW_GROUP_ROWS) -> None:
         """Append a table as row groups of at most `row_group_size` rows."""
