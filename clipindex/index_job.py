@@ -115,7 +115,8 @@ def build_index(
 
     Args:
         folder: The embedding directory.
-        kind: One of `index.plan.KINDS`, or 'auto', which goes by rows and memory.
+        kind: One of `index.plan.KINDS`, or 'auto', which goes by rows and memory; see `index.plan`. An index that was
+            asked for by kind keeps it until `rebuild`.
         memory_bytes: What the index may take; half of the machine's by default. Lists that are larger stay on disk.
         target_recall: Recall@10 to reach, with each kind of query.
         max_query_ms: Most time for a query alone.
@@ -145,7 +146,9 @@ def build_index(
     dtype = PRECISIONS[choose_precision(precision, chosen)]
     dataset, sizes = _sizes(folder)
     texts = _embed_prompts(folder, dataset, prompts, model, device, precision)
-    current = None if rebuild else _growing(folder, dataset, kind, memory)
+    current = None if rebuild else open_index(folder, memory)
+    kind = current.record.asked_kind if current and kind == "auto" else kind
+    current = current if current and _can_grow(folder, dataset, current, kind) else None
     known, new = compare_shards(folder, current.shards) if current else ([], sorted(sizes))
     removed = len(current.shards) - len(known) if current else 0
     if current and not new and not removed and _is_measured(current.record, target_recall, max_query_ms, prompts):
@@ -155,7 +158,7 @@ def build_index(
             opened = replace(current, record=replace(current.record, rows=sum(sizes.values())), shards=known)
         else:
             plan = make_plan(kind, sum(sizes.values()), dataset.model.dim, memory)
-            opened = _trained(folder, dataset, sizes, plan, str(chosen), dtype, seed, on_progress)
+            opened = _trained(folder, dataset, sizes, kind, plan, str(chosen), dtype, seed, on_progress)
     with NextIndex(folder, opened.faiss) as files:
         with steps.timed("add"):
             opened = _filled(folder, files, opened, new, sizes, str(chosen), dtype, memory, on_progress)
@@ -221,20 +224,17 @@ def _embed_prompts(
     return TextTower(loaded, device=chosen, precision=choose_precision(precision, chosen)).encode(list(prompts))
 
 
-def _growing(folder: Path, dataset: Dataset, kind: str, memory: int) -> OpenIndex | None:
-    """The directory's index where it can be added to; None where it has to be built, or built anew."""
-    current = open_index(folder, memory)
-    if current is None or current.record.fingerprint != dataset.model.fingerprint:
-        return None
+def _can_grow(folder: Path, dataset: Dataset, current: OpenIndex, kind: str) -> bool:
+    """Whether an index can be added to, or has to be built anew."""
     plan = current.record.plan
-    if kind not in ("auto", plan.kind):
-        return None
+    if current.record.fingerprint != dataset.model.fingerprint or kind not in ("auto", plan.kind):
+        return False
     known, new = compare_shards(folder, current.shards)
     is_same = not new and len(known) == len(current.shards)
     if plan.kind == "flat" and not is_same:  # built as fast as it is read
-        return None
+        return False
     kept = sum(shard.rows for shard in known)
-    return None if not kept or (plan.kind == "hnsw" and kept < (1 - GONE) * current.record.next_id) else current
+    return kept > 0 and (plan.kind != "hnsw" or kept >= (1 - GONE) * current.record.next_id)
 
 
 def _is_measured(record: IndexRecord, target: float, max_query_ms: float | None, prompts: Sequence[str]) -> bool:
@@ -246,6 +246,7 @@ def _trained(
     folder: Path,
     dataset: Dataset,
     sizes: dict[str, int],
+    kind: str,
     plan: Plan,
     device: str,
     dtype: torch.dtype,
@@ -264,6 +265,7 @@ def _trained(
         format_version=FORMAT_VERSION,
         created_by=f"clipindex {__version__}",
         fingerprint=dataset.model.fingerprint,
+        asked_kind=kind,
         plan=plan,
         rows=rows,
         next_id=0,

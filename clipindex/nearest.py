@@ -38,6 +38,8 @@ RANKED_AT_ONCE = 1 << 16
 FEW = 0.05
 """Share of the rows up to which those that pass a filter are looked at one by one: an index would have to look at many
 times as many to find them."""
+FILTER_SLACK = 2
+"""Times more to look at, beside what a filter's rarity asks for: what passes may lie apart from the rest."""
 MEASURED_K = 100
 """Up to which an index's recall is measured; for more it looks at more in proportion."""
 SCORE_TOLERANCE = 4e-3
@@ -117,7 +119,8 @@ def nearest(
     num_allowed = opened.record.next_id if allowed is None else int(allowed.sum())
     if where.columns and num_allowed <= FEW * opened.record.rows:
         return scan(folder, queries, k, where=where, on_progress=on_progress)
-    effort = widened(opened, opened.record.effort, max(opened.record.next_id / num_allowed, k / MEASURED_K, 1))
+    rarer = FILTER_SLACK * opened.record.rows / max(num_allowed, 1) if where.columns else 1
+    effort = widened(opened, opened.record.effort, max(rarer, k / MEASURED_K, 1))
     found = through_index(VectorReader(folder), opened, queries, k, effort, allowed)
     if new:
         log.info("%d shards are not in the index and are searched row by row; clipindex index adds them", len(new))

@@ -1,5 +1,6 @@
 """Whether an embedding directory is what it says it is: its files, the law, and on wish the tars it was made of."""
 
+import contextlib
 import itertools
 import random
 import secrets
@@ -16,7 +17,11 @@ from clipindex.decode import decode_image
 from clipindex.devices import choose_device, choose_precision
 from clipindex.encode import ImageTower
 from clipindex.errors import SampleError, ShardError, SourceError, StoreError
+from clipindex.index.files import METADATA, check_files, open_index
+from clipindex.index.files import read_record as read_index_record
+from clipindex.index.plan import default_memory_bytes
 from clipindex.models import load_model
+from clipindex.nearest import compare_shards
 from clipindex.shards import list_shards, read_samples, shard_name
 from clipindex.store import (
     Dataset,
@@ -171,6 +176,7 @@ def verify(
             faults += itertools.islice(found, FAULTS_A_SHARD)
         checked += record.rows
         on_progress(checked, total)
+    faults += _check_index(folder, dataset)
     return VerifySummary(
         out=str(folder),
         model=dataset.model.spec.name,
@@ -184,7 +190,7 @@ def verify(
         least_cosine=min(cosines, default=None),
         seed=chosen_seed,
         faults=faults,
-        notes=[*_notes(folder, records), *(_not_checked(records) if deep else ())],
+        notes=[*_notes(folder, records), *_unindexed(folder), *(_not_checked(records) if deep else ())],
         seconds=round(time.perf_counter() - started, 3),
     )
 
@@ -211,6 +217,33 @@ def _missing(sources: Sequence[str], records: Sequence[ShardRecord]) -> Iterator
             yield Fault(path=shard.url, what="is not embedded", remedy="run embed on it")
         elif (record.size, record.version) != (shard.size, shard.version):
             yield Fault(path=shard.url, what="changed since it was embedded", remedy=_REFRESH)
+
+
+def _check_index(folder: Path, dataset: Dataset) -> Iterator[Fault]:
+    """Of the index, where there is one: whether its files are whole, and of these embeddings."""
+    path = folder / "index" / METADATA
+    remedy = "run clipindex index --rebuild"
+    try:
+        record = read_index_record(folder)
+        if record is None:
+            return
+        wrong = [Fault(path=str(at), what=what, remedy=remedy) for at, what in check_files(folder, record)]
+        if record.fingerprint != dataset.model.fingerprint:
+            wrong.append(Fault(path=str(path), what="is of another model's embeddings", remedy=remedy))
+        if not wrong:
+            open_index(folder, default_memory_bytes())
+        yield from wrong
+    except StoreError as error:
+        yield _fault(path, error, remedy)
+
+
+def _unindexed(folder: Path) -> list[str]:
+    with contextlib.suppress(StoreError):
+        opened = open_index(folder, default_memory_bytes())
+        known, new = compare_shards(folder, opened.shards) if opened else ([], [])
+        if opened and (new or len(known) < len(opened.shards)):
+            return ["the index is not that of the shards as they are now; clipindex index brings it up to date"]
+    return []
 
 
 def _check_shard(folder: Path, dataset: Dataset, record: ShardRecord) -> Iterator[Fault]:

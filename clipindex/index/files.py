@@ -80,6 +80,8 @@ class IndexRecord:
     created_by: str
     fingerprint: str
     """Of the model."""
+    asked_kind: str
+    """Or 'auto'; an index that has to be built anew stays what was asked for."""
     plan: Plan
     rows: int
     next_id: int

@@ -27,6 +27,7 @@ KINDS = ("flat", "hnsw", "ivf", "ivfsq", "ivfpq")
 FLAT_ROWS = 100_000
 HNSW_NEIGHBOURS = 32
 MIN_ROWS_A_LIST = 39
+CENTROIDS_A_CODE = 256
 
 _ID_BYTES = 8
 _LINK_BYTES = 272
@@ -69,7 +70,7 @@ def make_plan(kind: str, rows: int, dim: int, memory_bytes: int) -> Plan:
         memory_bytes: What the index may take.
 
     Raises:
-        UsageError: A flat or hnsw index, which must be held in memory, does not fit.
+        UsageError: A flat or hnsw index, which must be held in memory, does not fit; or too few rows for ivfpq.
     """
     lists = max(1, min(round(4 * math.sqrt(rows)), rows // MIN_ROWS_A_LIST))
     exact = Plan(kind="flat", dim=dim, num_lists=0, code_bytes=4 * dim)
@@ -90,6 +91,10 @@ def make_plan(kind: str, rows: int, dim: int, memory_bytes: int) -> Plan:
                 f" {memory_bytes / 1e9:,.1f} GB are allowed: raise --memory, or take an ivf kind"
             )
         return plan
+    if kind == "ivfpq" and rows < CENTROIDS_A_CODE:
+        raise UsageError(
+            f"ivfpq needs {CENTROIDS_A_CODE} rows to learn its codes from, and there are {rows}; give auto"
+        )
     plans = [plan for plan in on_disk if kind in ("auto", plan.kind)]
     return next((plan for plan in plans if plan.num_bytes(rows) <= memory_bytes), plans[-1])
 

@@ -1,0 +1,123 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from directories import clustered, write_shard
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from clipindex import build_index, find_duplicates
+from clipindex.errors import IndexingError, UsageError
+from clipindex.store import read_embeddings
+
+HERE = {"device": "cpu", "precision": "fp32"}
+THRESHOLD = 0.97
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Rows of which some are copies, some nearly so, in several shards, with images of several sizes."""
+    folder = tmp_path_factory.mktemp("made")
+    rng = np.random.default_rng(0)
+    base = clustered(3000, seed=1, spread=1.0)
+    near = base[:400] + rng.normal(size=(400, base.shape[1])) * 0.015
+    far = base[400:600] + rng.normal(size=(200, base.shape[1])) * 0.06
+    vectors = np.concatenate([base, base[1000:1100], near, far, np.repeat(base[:1], 300, axis=0)])
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    vectors = vectors[rng.permutation(len(vectors))]
+    for at, part in enumerate(np.array_split(vectors, 3)):
+        write_shard(folder, f"s{at}", part, sizes=[(10 + row % 7, 20) for row in range(len(part))])
+    return folder
+
+
+def truth(folder):
+    """Components of the graph of all pairs at the threshold, as sets of (shard, row), of two and more."""
+    batches = list(read_embeddings(folder))
+    vectors = np.concatenate([batch.embedding for batch in batches]).astype(np.float32)
+    places = [(batch.shard.name, batch.first_row + at) for batch in batches for at in range(len(batch.embedding))]
+    pairs = np.nonzero(vectors @ vectors.T >= THRESHOLD)
+    _, component = connected_components(coo_array((np.ones(len(pairs[0])), pairs), shape=(len(vectors),) * 2))
+    groups = {}
+    for place, number in zip(places, component, strict=True):
+        groups.setdefault(number, set()).add(place)
+    return {frozenset(group) for group in groups.values() if len(group) > 1}, dict(zip(places, vectors, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "ivfsq", "ivfpq"])
+def test_groups_are_the_components_of_an_exact_search(made, tmp_path, kind):
+    build_index(made, kind=kind, target_recall=0.9, rebuild=True, **HERE)
+    expected, vectors = truth(made)
+    assert len(expected) > 300
+    target = 1.0 if kind in ("flat", "ivf") else 0.97
+    summary = find_duplicates(made, threshold=THRESHOLD, target_recall=target, out=tmp_path)
+    rows = pq.read_table(tmp_path / "groups.parquet").to_pylist()
+    groups = {}
+    for row in rows:
+        groups.setdefault(row["group"], []).append(row)
+    found = {frozenset((row["shard"], row["row"]) for row in group) for group in groups.values()}
+    assert len(found & expected) >= 0.95 * len(expected)
+    assert found == expected or target < 1
+    assert summary.recall >= target
+    assert (summary.groups, summary.duplicates, summary.largest) == (
+        len(groups), len(rows) - len(groups), max(len(group) for group in groups.values()),
+    )  # fmt: skip
+    assert json.loads((tmp_path / "summary.json").read_text())["groups"] == summary.groups
+    for group in groups.values():
+        kept, *others = group
+        assert kept["keep"] and not any(row["keep"] for row in others)
+        assert kept["width"] == max(row["width"] for row in group)
+        one = vectors[kept["shard"], kept["row"]]
+        for row in group:
+            exact = min(float(vectors[row["shard"], row["row"]] @ one), 1)
+            assert row["cosine"] == pytest.approx(exact, abs=1e-5)
+            assert row["key"] == f"{row['shard']}-{row['row']}"
+
+
+def test_an_index_that_finds_too_few_is_refused(made, tmp_path):
+    """Copies beyond a node's links are islands to a graph."""
+    build_index(made, kind="hnsw", target_recall=0.9, rebuild=True, **HERE)
+    with pytest.raises(IndexingError, match="an index of kind ivf finds all"):
+        find_duplicates(made, threshold=THRESHOLD, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_corpus_of_one_image_is_one_group(tmp_path):
+    write_shard(tmp_path, "s", np.repeat(clustered(1), 20_000, axis=0))
+    build_index(tmp_path, kind="ivf", **HERE)
+    summary = find_duplicates(tmp_path)
+    assert (summary.groups, summary.duplicates, summary.largest) == (1, 19_999, 20_000)
+
+
+def test_nothing_alike_is_no_group(tmp_path):
+    write_shard(tmp_path, "s", np.eye(48, dtype=np.float32))
+    build_index(tmp_path, **HERE)
+    summary = find_duplicates(tmp_path)
+    assert (summary.groups, summary.duplicates, summary.recall, summary.checked) == (0, 0, 1.0, 0)
+    assert pq.read_table(tmp_path / "duplicates" / "groups.parquet").num_rows == 0
+
+
+def test_an_index_that_does_not_know_all_rows_is_refused(tmp_path):
+    write_shard(tmp_path, "a", clustered(60))
+    with pytest.raises(IndexingError, match="no index; build it with clipindex index"):
+        find_duplicates(tmp_path)
+    build_index(tmp_path, **HERE)
+    write_shard(tmp_path, "b", clustered(60, seed=1))
+    with pytest.raises(IndexingError, match="run clipindex index"):
+        find_duplicates(tmp_path)
+    with pytest.raises(UsageError, match="threshold"):
+        find_duplicates(tmp_path, threshold=1.5)
+
+
+def test_the_command(tmp_path):
+    write_shard(tmp_path, "a", np.repeat(clustered(50), 2, axis=0))
+    build_index(tmp_path, **HERE)
+    command = [Path(sys.executable).with_name("clipindex"), "dedup", tmp_path, "--threshold", "0.999"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "50 of 100 rows could go: 50 groups" in done.stdout
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
+    assert json.loads(done.stdout)["duplicates"] == 50
