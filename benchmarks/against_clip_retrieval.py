@@ -19,14 +19,10 @@ the corpus is subtracted from both sides, is the one that a row at a wrong place
 
 import argparse
 import json
-import os
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -36,6 +32,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from against_naive import BATCH_SIZES, Vectors, least_cosines, our_vectors
+from commands import install, run_command
 from reporting import Row, arguments, finish
 
 from clipindex.bench.corpus import write_corpus
@@ -122,23 +119,11 @@ def _temporary_venv(root: Path, keep: bool) -> Path:
 
 def _install(venv: Path, python: str, limit: float) -> Path:
     """clip-retrieval's program, in a virtual environment that is built where it is not there already."""
-    venv = venv.absolute()
     # Our release of PyTorch, so that the difference is not PyTorch's; a local build's suffix is not on PyPI.
     ours = [f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "torchvision")]
     # Only these setuptools please both PyTorch, which wants a new one, and what imports pkg_resources, since removed.
     wanted = [THEIRS.replace(" ", "=="), "setuptools>=77.0.3,<81", "numpy<2", *ours]
-    done = venv / "installed.json"  # written last: an installation that was stopped is taken up again
-    if not done.exists() or json.loads(done.read_text()) != wanted:
-        venv.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(venv).free < VENV_BYTES:
-            raise SystemExit(
-                f"{venv}: less than {VENV_BYTES >> 30} GiB free; name a folder on a larger disk with --venv"
-            )
-        print("installing clip-retrieval: some minutes and gigabytes", file=sys.stderr)
-        _run([python, "-m", "venv", str(venv)], limit)
-        _run([str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet", *wanted], limit)
-        done.write_text(json.dumps(wanted))
-    return venv / "bin" / "clip-retrieval"
+    return install(venv, wanted, python, limit, VENV_BYTES).with_name("clip-retrieval")
 
 
 def _their_command(program: Path, weights: Path, urls: Sequence[str], out: Path) -> list[str]:
@@ -189,7 +174,7 @@ class _Contender:
 
     def _embed(self, urls: Sequence[str]) -> float:
         shutil.rmtree(self.out, ignore_errors=True)
-        return _run(self.command(urls, self.out), self.limit)
+        return run_command(self.command(urls, self.out), self.limit).seconds
 
     @property
     def start_up(self) -> float:
@@ -206,36 +191,6 @@ class _Contender:
     def rate_with_start_up(self, num_images: int) -> float:
         """Images/s of the whole command."""
         return num_images / statistics.median(self.whole)
-
-
-def _run(command: Sequence[str], limit: float) -> float:
-    """Seconds that a command takes.
-
-    Raises:
-        SystemExit: It failed or ran past the limit; its last words are said.
-    """
-    environment = os.environ | {"WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
-    with tempfile.TemporaryFile() as said:
-        started = time.perf_counter()
-        # A session of its own, so that its workers can be ended with it: clip-retrieval hangs where a worker fails.
-        process = subprocess.Popen(
-            command, env=environment, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            status = process.wait(limit)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if not isinstance(error, subprocess.TimeoutExpired):
-                raise
-            status = -signal.SIGKILL
-        seconds = time.perf_counter() - started
-        if status:
-            said.seek(0)
-            words = said.read().decode(errors="replace")[-4000:]
-            why = f"ended with status {status}" if seconds < limit else "ran past --limit"
-            raise SystemExit(f"{words}\n{' '.join(command[:2])} {why} after {seconds:.0f} s")
-    return seconds
 
 
 def _rows(theirs: _Contender, ours: _Contender, num_images: int) -> list[Row]:
