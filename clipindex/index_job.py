@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from clipindex.devices import PRECISIONS, choose_device, choose_precision
-from clipindex.encode import TextTower
 from clipindex.errors import FingerprintError, IndexingError, StoreError, UsageError
 from clipindex.index.build import sample_rows, train_index
 from clipindex.index.files import (
@@ -24,7 +23,6 @@ from clipindex.index.files import (
     open_index,
 )
 from clipindex.index.plan import KINDS, Plan, default_memory_bytes, make_plan
-from clipindex.models import load_model
 from clipindex.nearest import compare_shards, ids_of, widened
 from clipindex.recall import (
     Questions,
@@ -218,6 +216,10 @@ def _embed_prompts(
 ) -> Float32Array | None:
     if not prompts:
         return None
+    # Two seconds that an index without prompts need not wait for.
+    from clipindex.encode import TextTower
+    from clipindex.models import load_model
+
     loaded = load_model(model or dataset.model.spec)
     check_fingerprint(folder, dataset.model, loaded.info)
     chosen = choose_device(device)
