@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import faiss
@@ -179,9 +180,17 @@ def test_hits_as_parquet(shapes, tmp_path):
     assert rows[3]["text"] == "blue square"
 
 
-def clipindex(*arguments):
+def clipindex(*arguments, env=None):
     command = [Path(sys.executable).with_name("clipindex"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, text=True, env=env)
+
+
+def wait_for(path):
+    """The viewer is not waited for."""
+    deadline = time.monotonic() + 10
+    while not (path.exists() and path.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)
 
 
 def test_the_command(shapes, tmp_path):
@@ -201,6 +210,17 @@ def test_the_command(shapes, tmp_path):
     assert "scene_000007" in sheet.stdout.splitlines()[0]
     with Image.open(tmp_path / "sheet.png") as image:
         assert image.size[0] > image.size[1]
+    (tmp_path / "bin").mkdir()
+    viewer = tmp_path / "bin" / "xdg-open"
+    viewer.write_text(f'#!/bin/sh\ncp "$1" {tmp_path / "shown.png"}\n')
+    viewer.chmod(0o755)
+    environment = {"PATH": f"{viewer.parent}:/usr/bin:/bin"}
+    shown = clipindex("search", shapes / "out", "--key", "scene_000007", "-k", 7, "--open", env=environment)
+    assert shown.returncode == 0, shown.stderr
+    wait_for(tmp_path / "shown.png")
+    with Image.open(tmp_path / "sheet.png") as saved, Image.open(tmp_path / "shown.png") as image:
+        assert image.size == saved.size
+
     for wrong in (
         ["--save", "x.png"],
         ["--text", "a", "--queries", "q.txt"],

@@ -1,5 +1,6 @@
 """`clipindex search`."""
 
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,7 @@ SHEET_SIDE = 180
     metavar="PATH",
     help="Cut the images out of their tars: into this folder, or, where it ends in .png, onto a sheet.",
 )
+@click.option("--open", "open_sheet", is_flag=True, help="Show the images on a sheet, in the system's own viewer.")
 @model_options(required=False)
 @json_option
 def search(
@@ -68,6 +70,7 @@ def search(
     exact: bool,
     out: Path | None,
     save: Path | None,
+    open_sheet: bool,
     as_json: bool,
     **options: Any,  # noqa: ANN401
 ) -> int:
@@ -114,6 +117,7 @@ def search(
         retrieval.write_hits(out, asked, found)
         click.echo(f"{sum(map(len, found)):,} hits -> {out}", err=True)
     saved = save is None or _save(folder, save, found)
+    saved = (not open_sheet or _open(folder, found)) and saved
     document = [{"query": _named(query), "hits": hits} for query, hits in zip(asked, found, strict=True)]
     print_result(document, as_json, _lines)
     return 0 if saved else 1
@@ -137,6 +141,16 @@ def _line(rank: int, hit: "Hit") -> str:
     caption = "" if hit.caption is None else f"  {hit.caption.strip()[:60]!r}"
     label = "" if hit.label is None else f"  label {hit.label}"
     return f"  {rank:>3}  {hit.cosine:.4f}  {hit.key}{label}{caption}  [{hit.shard}]"
+
+
+def _open(folder: Path, found: "Sequence[Sequence[Hit]]") -> bool:
+    """Whether there was anything to show; without a viewer, it is said where the sheet lies."""
+    sheet = Path(tempfile.mkdtemp(prefix="clipindex-")) / "hits.png"
+    if not _save(folder, sheet, found):
+        return False
+    if sheet.exists() and click.launch(str(sheet)):
+        click.echo(f"no program here shows images; the sheet is {sheet}", err=True)
+    return True
 
 
 def _save(folder: Path, path: Path, found: "Sequence[Sequence[Hit]]") -> bool:
