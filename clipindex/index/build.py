@@ -1,5 +1,6 @@
 """Vectors into a FAISS index: trained on a sample, filled in bounded memory."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -139,7 +140,8 @@ def write_index(index: faiss.Index, path: Path) -> None:
     try:
         faiss.write_index(index, str(path))
     except RuntimeError as error:
-        raise StoreError(f"{path} cannot be written: {str(error).splitlines()[-1]}") from error
+        reason = re.search(r"\(([^()]+)\)$", str(error).strip())  # the system's words come last
+        raise StoreError(f"{path} cannot be written: {reason[1] if reason else error}") from error
 
 
 def _exchange_lists(ivf: faiss.IndexIVF, lists: faiss.InvertedLists) -> faiss.InvertedLists:
