@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from clipindex.errors import ClipindexError
     from clipindex.models import load_model
     from clipindex.packing import PackSummary, pack
+    from clipindex.probing import (
+        Evaluation,
+        FewShotCurve,
+        Probe,
+        TrainSummary,
+        evaluate_probe,
+        few_shot_curve,
+        read_probe,
+        train_probe,
+    )
     from clipindex.retrieval import Filter, Hit, Query, read_image, search
     from clipindex.shards import list_shards, read_samples
     from clipindex.store import read_dataset, read_embeddings, read_rejects
@@ -27,29 +37,44 @@ _HOMES = {
     "ClassifySummary": "zeroshot",
     "ClipindexError": "errors",
     "EmbedSummary": "embed_job",
+    "Evaluation": "probing",
+    "FewShotCurve": "probing",
     "Filter": "retrieval",
     "Hit": "retrieval",
     "ModelSpec": "types",
     "PackSummary": "packing",
+    "Probe": "probing",
     "Query": "retrieval",
+    "TrainSummary": "probing",
     "VerifySummary": "verification",
     "build_classifier": "zeroshot",
     "classify": "zeroshot",
     "classify_images": "zeroshot",
     "embed": "embed_job",
+    "evaluate_probe": "probing",
+    "few_shot_curve": "probing",
     "list_shards": "shards",
     "load_model": "models",
     "pack": "packing",
     "read_dataset": "store",
     "read_embeddings": "store",
     "read_image": "retrieval",
+    "read_probe": "probing",
     "read_rejects": "store",
     "read_samples": "shards",
     "search": "retrieval",
+    "train_probe": "probing",
     "verify": "verification",
 }
 
 __all__ = [
+    "train_probe",
+    "read_probe",
+    "few_shot_curve",
+    "TrainSummary",
+    "Probe",
+    "FewShotCurve",
+    "Evaluation",
     "ClassifySummary",
     "ClipindexError",
     "EmbedSummary",
@@ -64,6 +89,7 @@ __all__ = [
     "classify",
     "classify_images",
     "embed",
+    "evaluate_probe",
     "list_shards",
     "load_model",
     "pack",

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
-from clipindex import encode
+from clipindex import devices, encode
 from clipindex.encode import ImageTower, TextTower, choose_device, choose_precision
 from clipindex.errors import ModelError, UsageError
 from clipindex.models import load_model
@@ -295,7 +295,7 @@ def test_device_choice(monkeypatch):
     ],
 )
 def test_precision_on_a_cpu(monkeypatch, flags, auto, fp16):
-    monkeypatch.setattr(encode, "_cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(devices, "_cpu_flags", lambda: frozenset(flags))
     assert choose_precision("auto", CPU) == auto
     assert choose_precision("bf16", CPU) == "bf16"
     if fp16:

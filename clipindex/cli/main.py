@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from clipindex.cli import bench, classify, demo, embed, pack, search, verify
+from clipindex.cli import bench, classify, demo, embed, pack, probe, search, verify
 from clipindex.errors import ClipindexError, UsageError
 from clipindex.version import __version__
 
@@ -96,12 +96,15 @@ def _set_up_logging() -> None:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="clipindex")
 def commands() -> None:
-    """Turn image corpora into CLIP embeddings worth keeping; classify with them, search them.
+    """Turn image corpora into CLIP embeddings worth keeping; classify with them, search them, train on them.
 
     WebDataset tars go in; Parquet shards of embeddings come out, a row or a recorded reject for every sample. Runs that
     were stopped go on where they were.
     """
 
 
-for command in (pack.pack, embed.embed, verify.verify, classify.classify, search.search, demo.demo, bench.bench):
+for command in (
+    *(pack.pack, embed.embed, verify.verify, classify.classify, search.search, probe.probe),
+    *(demo.demo, bench.bench),
+):
     commands.add_command(command)
