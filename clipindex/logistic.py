@@ -21,11 +21,18 @@ The first passes multiply in bfloat16 where that is faster; what ends the descen
 float64.
 """
 
+import contextlib
+import itertools
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
 
 import torch
+
+from clipindex.threads import map_in_order, num_cores
+
+Result = TypeVar("Result")
 
 TOLERANCE = 1e-6
 """Of the objective: what a step still promises to take off it when the descent ends."""
@@ -39,10 +46,26 @@ GRADIENT_TOLERANCE = 1e-4
 _HISTORY = 10
 _BACKTRACKS = 6
 _SUFFICIENT = 1e-4  # of the promised decrease, Nocedal & Wright 2006, section 3.1
-_LOGITS_AT_ONCE = 1 << 23  # 32 MiB
+_LOGITS_AT_ONCE = 1 << 21  # 8 MiB, a few times for each core
+_MOST_ROWS = 2048  # of 512 float32: 4 MiB
 
-Block = tuple[torch.Tensor, torch.Tensor]
-"""Features, float32 [n, D], and class ids, int64 [n], on one device."""
+
+class Block(NamedTuple):
+    """Some rows, on one device; what is costly about them is left to the thread that works on them."""
+
+    values: torch.Tensor
+    """[n, D], of any floating type."""
+    scale: torch.Tensor | None
+    """Float32 [n], by which values are to be multiplied; None where they are not."""
+    labels: torch.Tensor
+    """Class ids, int64 [n]."""
+
+    def features(self) -> torch.Tensor:
+        """Float32 [n, D], in memory of its own."""
+        features = self.values.to(torch.float32, copy=True)
+        return features if self.scale is None else features.mul_(self.scale[:, None])
+
+
 Passes = Callable[[], Iterable[Block]]
 """Begins a pass over all rows, in blocks of at most `block_rows`, the same ones in each."""
 
@@ -68,7 +91,27 @@ class Fit:
 
 def block_rows(num_classes: int) -> int:
     """How many rows a block may have."""
-    return max(256, min(8192, _LOGITS_AT_ONCE // num_classes))
+    return max(256, min(_MOST_ROWS, _LOGITS_AT_ONCE // num_classes))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Between passes there is little to compute, for which a team of threads is slower, and much so beside others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def map_blocks(function: Callable[[Block], Result], blocks: Iterable[Block]) -> Iterator[Result]:
+    """Results in order. On a CPU each core has a block of its own: teams of threads wait for each other."""
+    blocks = iter(blocks)
+    first = list(itertools.islice(blocks, 2))
+    if len(first) < 2 or first[0].values.device.type != "cpu":
+        return map(function, itertools.chain(first, blocks))
+    return map_in_order(function, itertools.chain(first, blocks), num_cores())
 
 
 class Problem:
@@ -100,44 +143,47 @@ class Problem:
         self._held: list[Block] | None = None
         self._measure()
 
+    @_one_thread()
     def _measure(self) -> None:
         """Weighted mean, and eigenvectors of the weighted second moments about it."""
-        pivot: torch.Tensor | None = None
-        for x, labels in self._passes():
-            if pivot is None:
-                pivot = x.mean(0)
-                first, second = torch.zeros_like(pivot, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-                second = second.to(x.device)
-                total = torch.zeros_like(second)
-            x = x - pivot
-            weight = torch.ones_like(x[:, 0]) if self._class_weights is None else self._class_weights[labels]
-            first += (x * weight[:, None]).sum(0)
-            x = (x * weight.sqrt()[:, None]).to(self.low or x.dtype)
-            second = second + (x.T @ x).double()
-            total += weight.sum()
-        assert pivot is not None, "no rows"
+        pivot = next(iter(self._passes())).features().mean(0)  # near the mean, lest differences of large sums remain
+
+        def of_block(block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            x = block.features().sub_(pivot)
+            weight = x.new_ones(len(x)) if self._class_weights is None else self._class_weights[block.labels]
+            first = weight @ x
+            x = x.mul_(weight.sqrt()[:, None]).to(self.low or x.dtype)
+            return weight.sum(dtype=torch.float64), first.double(), (x.T @ x).double()
+
+        total, first, second = (pivot.new_zeros((), dtype=torch.float64) for _ in range(3))
+        for weight, sums, products in map_blocks(of_block, self._passes()):
+            total, first, second = total + weight, first + sums, second + products
         shift = first / total
         self.mean = (pivot + shift).float()
         self.total = total.item()
         values, vectors = torch.linalg.eigh((second - total * torch.outer(shift, shift)).float())
         self._spectrum, self._vectors = values.clamp(min=0), vectors
 
-    def rows(self, low: bool) -> Iterable[Block]:
-        """A pass over centred rows, in the low type or in float32."""
-        if not low:
-            return ((x - self.mean, labels) for x, labels in self._passes())
-        lowered = (((x - self.mean).to(self.low), labels) for x, labels in self._passes())
-        if self._hold and self._held is None:
-            self._held = list(lowered)
-        return self._held or lowered
+    def _centred(self, block: Block, low: bool) -> torch.Tensor:
+        x = block.features().sub_(self.mean)
+        return x.to(self.low) if low else x
+
+    def _lowered(self) -> list[Block]:
+        """Centred rows in the low type, kept."""
+        if self._held is None:
+            blocks = map_blocks(lambda block: (self._centred(block, low=True), block.labels), self._passes())
+            self._held = [Block(x, None, labels) for x, labels in blocks]
+        return self._held
 
     def evaluate(self, theta: torch.Tensor, c: float, low: bool = False) -> tuple[float, torch.Tensor]:
         """The objective and its gradient at weights and intercepts [C, D + 1] of centred rows."""
         weights, intercept = theta[:, :-1], theta[:, -1]
-        loss = torch.zeros((), dtype=torch.float64, device=theta.device)
-        gradient = torch.zeros_like(theta)
         factor = weights.T.to(self.low if low else theta.dtype)
-        for x, labels in self.rows(low):
+        is_held = low and self._hold
+
+        def of_block(block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            x = block.values if is_held else self._centred(block, low)
+            labels = block.labels
             logits = (x @ factor).float() + intercept
             normaliser = torch.logsumexp(logits, 1)
             losses = normaliser - logits.gather(1, labels[:, None])[:, 0]
@@ -146,9 +192,14 @@ class Problem:
             if self._class_weights is not None:
                 losses = losses * self._class_weights[labels]
                 residual *= self._class_weights[labels][:, None]
-            loss += losses.sum(dtype=torch.float64)
-            gradient[:, -1] += residual.sum(0)
-            gradient[:, :-1] += residual.to(x.dtype).T @ x
+            return losses.sum(dtype=torch.float64), residual.to(x.dtype).T @ x, residual.sum(0)
+
+        loss = torch.zeros((), dtype=torch.float64, device=theta.device)
+        gradient = torch.zeros_like(theta)
+        for losses, products, sums in map_blocks(of_block, self._lowered() if is_held else self._passes()):
+            loss += losses
+            gradient[:, :-1] += products
+            gradient[:, -1] += sums
         gradient *= c
         gradient[:, :-1] += weights
         return c * loss.item() + 0.5 * weights.double().square().sum().item(), gradient
@@ -165,6 +216,7 @@ class Problem:
         return apply
 
 
+@_one_thread()
 def fit(
     problem: Problem,
     c: float,

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 
 from clipindex.devices import choose_device
 from clipindex.errors import StoreError
-from clipindex.logistic import Passes, block_rows
+from clipindex.logistic import Block, Passes, block_rows, map_blocks
 from clipindex.metrics import ClassificationCounts, wilson_interval
 from clipindex.probing.probe import Probe
-from clipindex.probing.rows import Streamed, read_all_labels, take_part
+from clipindex.probing.rows import Ids, Streamed, read_all_labels, take_part
 from clipindex.store import AtomicParquet, check_fingerprint, read_dataset, read_embeddings
 
 NUM_RANKED = 5
@@ -93,13 +94,26 @@ def count(
     """What each of several classifiers gets right, in one pass over rows with class ids below `num_classes`."""
     counts = [ClassificationCounts(num_classes) for _ in linears]
     rows = 0
-    for x, labels in passes():
-        for one, (weights, intercept) in zip(counts, linears, strict=True):
-            best = torch.topk(torch.softmax(x @ weights.T + intercept, 1), min(NUM_RANKED, len(intercept)))
-            one.add(labels.cpu().numpy(), best.indices.cpu().numpy(), best.values[:, 0].double().cpu().numpy())
+
+    def rank(block: Block) -> tuple[Ids, list[tuple[Ids, npt.NDArray[np.float64]]]]:
+        x = block.features()
+        best = [best_classes(x, linear, NUM_RANKED) for linear in linears]
+        return block.labels.cpu().numpy(), [
+            (one.indices.cpu().numpy(), one.values[:, 0].double().cpu().numpy()) for one in best
+        ]
+
+    for labels, ranked in map_blocks(rank, passes()):
+        for one, (ids, confidence) in zip(counts, ranked, strict=True):
+            one.add(labels, ids, confidence)
         rows += len(labels)
         on_rows(rows)
     return counts
+
+
+def best_classes(x: torch.Tensor, linear: Linear, number: int) -> torch.return_types.topk:
+    """The best classes [n, at most number] of features [n, D], and their probabilities."""
+    weights, intercept = linear
+    return torch.topk(torch.softmax(x @ weights.T + intercept, 1), min(number, len(intercept)))
 
 
 def summarise(
@@ -173,7 +187,7 @@ def write_predictions(
     folder = Path(folder)
     check_fingerprint(folder, read_dataset(folder).model, probe.model)
     chosen = choose_device(device)
-    weights, intercept = probe.weights.to(chosen), probe.intercept.to(chosen)
+    linear = (probe.weights.to(chosen), probe.intercept.to(chosen))
     top = min(top, len(probe.classes))
     labels = pa.array(probe.classes, pa.int32())
     names = pa.array([probe.name(at) for at in range(len(probe.classes))], pa.string())
@@ -184,7 +198,7 @@ def write_predictions(
             x = torch.from_numpy(batch.embedding).to(chosen).float()
             if probe.features == "raw":
                 x = x * torch.from_numpy(batch.columns["norm"].to_numpy().copy()).to(chosen)[:, None]
-            best = torch.topk(torch.softmax(x @ weights.T + intercept, 1), top)
+            best = best_classes(x, linear, top)
             if not bool(torch.isfinite(best.values).all()):
                 wrong = batch.first_row + int(torch.nonzero(~torch.isfinite(best.values))[0, 0])
                 raise StoreError(

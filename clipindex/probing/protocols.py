@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from clipindex.logistic import Fit, Passes, Problem, block_rows, fit
+from clipindex.logistic import Fit, Passes, Problem, block_rows, fit, map_blocks
 from clipindex.probing.rows import Ids, Rows
 
 README_C = 0.316
@@ -136,9 +136,11 @@ def search_c(rows: Rows, training: Ids, validation: Ids, setting: Setting) -> tu
 def measure(passes: Passes, weights: torch.Tensor, intercept: torch.Tensor) -> float:
     """Top-1 accuracy."""
     hits, rows = 0, 0
-    for x, labels in passes():
-        hits += int(((x @ weights.T + intercept).argmax(1) == labels).sum())
-        rows += len(labels)
+    for right in map_blocks(
+        lambda block: (block.features() @ weights.T + intercept).argmax(1) == block.labels, passes()
+    ):
+        hits += int(right.sum())
+        rows += len(right)
     return hits / rows
 
 

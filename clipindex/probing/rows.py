@@ -146,17 +146,15 @@ class Streamed:
         widest = max(np.dtype(read_dataset(part.folder).dtype).itemsize for part in self._parts)
         return len(self.class_ids) * self.dim * (widest + _HELD_COPIES_BYTES)
 
-    def passes(self, chosen: Ids | None = None, at_once: int = 8192) -> Passes:
+    def passes(self, chosen: Ids | None = None, at_once: int = 2048) -> Passes:
         """Passes over rows, or over those whose numbers among them are `chosen`, ascending."""
 
         def blocks() -> Iterator[Block]:
             for embedding, norm, ids in self._read(chosen):
                 for first in range(0, len(ids), at_once):
                     rows = slice(first, first + at_once)
-                    yield (
-                        _features(embedding[rows], None if norm is None else norm[rows], self._device),
-                        ids[rows].to(self._device),
-                    )
+                    scale = None if norm is None else norm[rows].to(self._device)
+                    yield Block(embedding[rows].to(self._device), scale, ids[rows].to(self._device))
 
         return blocks
 
@@ -213,7 +211,7 @@ class Held:
     class_ids: Ids
     """The same in NumPy."""
 
-    def passes(self, chosen: Ids | None = None, at_once: int = 8192) -> Passes:
+    def passes(self, chosen: Ids | None = None, at_once: int = 2048) -> Passes:
         """Passes over rows, or over those whose numbers are `chosen`, ascending."""
         device = self.embedding.device
         numbers = None if chosen is None else torch.from_numpy(chosen).to(device)
@@ -222,8 +220,7 @@ class Held:
         def blocks() -> Iterator[Block]:
             for first in range(0, count, at_once):
                 rows: Any = slice(first, first + at_once) if numbers is None else numbers[first : first + at_once]
-                norm = None if self.norm is None else self.norm[rows]
-                yield _features(self.embedding[rows], norm, device), self.labels[rows]
+                yield Block(self.embedding[rows], None if self.norm is None else self.norm[rows], self.labels[rows])
 
         return blocks
 
@@ -284,12 +281,6 @@ def _empty_held(parts: Sequence[Part], dim: int, class_ids: Ids, features: str, 
         labels=torch.from_numpy(class_ids).to(device),
         class_ids=class_ids,
     )
-
-
-def _features(embedding: torch.Tensor, norm: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """Float32 [n, D], memory of its own where it is not the embeddings'."""
-    features = embedding.to(device).float()
-    return features if norm is None else features * norm.to(device)[:, None]
 
 
 def _values(batch: EmbeddingBatch, wanted: Ids, folder: Path) -> tuple[torch.Tensor, torch.Tensor | None]:
