@@ -21,7 +21,6 @@ The first passes multiply in bfloat16 where that is faster; what ends the descen
 float64.
 """
 
-import contextlib
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +29,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from clipindex.threads import map_in_order, num_cores
+from clipindex.threads import map_in_order, num_cores, one_thread
 
 Result = TypeVar("Result")
 
@@ -46,8 +45,8 @@ GRADIENT_TOLERANCE = 1e-4
 _HISTORY = 10
 _BACKTRACKS = 6
 _SUFFICIENT = 1e-4  # of the promised decrease, Nocedal & Wright 2006, section 3.1
-_LOGITS_AT_ONCE = 1 << 21  # 8 MiB, a few times for each core
-_MOST_ROWS = 2048  # of 512 float32: 4 MiB
+_AT_ONCE = {"cpu": (2048, 1 << 21), "cuda": (65_536, 1 << 26)}
+"""Rows and logits of a block: what a core's cache holds, and what keeps a GPU busy (256 MiB of float32)."""
 
 
 class Block(NamedTuple):
@@ -89,20 +88,10 @@ class Fit:
     """Whether both tolerances were met."""
 
 
-def block_rows(num_classes: int) -> int:
+def block_rows(num_classes: int, device: torch.device) -> int:
     """How many rows a block may have."""
-    return max(256, min(_MOST_ROWS, _LOGITS_AT_ONCE // num_classes))
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Between passes there is little to compute, for which a team of threads is slower, and much so beside others."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    most, logits = _AT_ONCE["cpu" if device.type == "cpu" else "cuda"]
+    return max(256, min(most, logits // num_classes))
 
 
 def map_blocks(function: Callable[[Block], Result], blocks: Iterable[Block]) -> Iterator[Result]:
@@ -143,7 +132,7 @@ class Problem:
         self._held: list[Block] | None = None
         self._measure()
 
-    @_one_thread()
+    @one_thread()
     def _measure(self) -> None:
         """Weighted mean, and eigenvectors of the weighted second moments about it."""
         pivot = next(iter(self._passes())).features().mean(0)  # near the mean, lest differences of large sums remain
@@ -216,7 +205,7 @@ class Problem:
         return apply
 
 
-@_one_thread()
+@one_thread()
 def fit(
     problem: Problem,
     c: float,

@@ -11,6 +11,7 @@ import torch
 
 from clipindex.probing.protocols import Trial, measure, search_peak
 from clipindex.probing.rows import Held, Ids
+from clipindex.threads import one_thread
 
 RATE = 0.1
 EPOCHS = 10
@@ -21,6 +22,7 @@ _STRONGEST = 2
 Linear = tuple[torch.Tensor, torch.Tensor]
 
 
+@one_thread()
 def train_adamw(
     rows: Held, chosen: Ids | None, num_classes: int, decay: float, seed: int, on_epoch: Callable[[], None]
 ) -> Linear:

@@ -80,7 +80,7 @@ def evaluate_probe(
     linear = (probe.weights.to(chosen), probe.intercept.to(chosen))
     total = len(rows.class_ids)
     (counts,) = count(
-        rows.passes(at_once=block_rows(len(probe.classes))),
+        rows.passes(at_once=block_rows(len(probe.classes), chosen)),
         [linear],
         len(probe.classes) + len(unseen),
         lambda done: on_progress(done, total),

@@ -201,7 +201,7 @@ def _accuracies(task: Task, linears: Sequence[Linear]) -> tuple[list[float], int
     assert task.test is not None
     num_classes = len(task.classes)
     rows = task.test.rows(task.features, task.device)
-    passes = rows.passes(task.test.chosen, block_rows(num_classes))
+    passes = rows.passes(task.test.chosen, block_rows(num_classes, task.device))
     counts = count(passes, linears, num_classes + len(task.test.unseen))
     return [float(one.overall()["acc1"] or 0) for one in counts], int(counts[0].support.sum())
 
@@ -221,6 +221,6 @@ def _zero_shot(task: Task, templates: str, model: ModelSpec | None) -> float:
     vectors = embed_classes(tower, task.names, read_templates(templates))
     weights = torch.from_numpy(vectors).to(task.device) * task.model.logit_scale
     num_classes = len(task.classes)
-    passes = task.test.rows("normalized", task.device).passes(task.test.chosen, block_rows(num_classes))
+    passes = task.test.rows("normalized", task.device).passes(task.test.chosen, block_rows(num_classes, task.device))
     (counts,) = count(passes, [(weights, weights.new_zeros(num_classes))], num_classes + len(task.test.unseen))
     return float(counts.overall()["acc1"] or 0)

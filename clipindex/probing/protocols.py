@@ -91,7 +91,7 @@ def pose(rows: Rows, chosen: Ids | None, setting: Setting) -> Problem:
     """The fit of some rows, measured but not yet solved."""
     class_ids = rows.class_ids if chosen is None else rows.class_ids[chosen]
     return Problem(
-        rows.passes(chosen, block_rows(setting.num_classes)),
+        rows.passes(chosen, block_rows(setting.num_classes, setting.device)),
         setting.num_classes,
         class_weights=_balance(class_ids, setting) if setting.balanced else None,
         low=setting.low,
@@ -114,7 +114,7 @@ def search_c(rows: Rows, training: Ids, validation: Ids, setting: Setting) -> tu
         The draft at the peak, and what was tried, in order.
     """
     problem = pose(rows, training, setting)
-    held_out = rows.passes(validation, block_rows(setting.num_classes))
+    held_out = rows.passes(validation, block_rows(setting.num_classes, setting.device))
     fits: dict[int, Fit] = {}
     trials: list[Trial] = []
 

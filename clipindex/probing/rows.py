@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 
 from clipindex.errors import ClassesError, StoreError, UsageError
@@ -169,6 +170,7 @@ class Streamed:
             if held.norm is not None and norm is not None:
                 held.norm[rows] = norm.to(self._device)
             at = rows.stop
+        pa.default_memory_pool().release_unused()  # Arrow would keep as much as the rows take, for its next reading
         return held
 
     def _read(self, chosen: Ids | None) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:

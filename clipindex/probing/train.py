@@ -206,7 +206,7 @@ def _test(task: Task, rows: Rows, probe: Probe) -> Evaluation | None:
     # Rows held out of the directory itself may be in memory already.
     source = rows if task.test.chosen is not None else task.test.rows(task.features, task.device)
     num_classes = len(task.classes)
-    passes = source.passes(task.test.chosen, block_rows(num_classes))
+    passes = source.passes(task.test.chosen, block_rows(num_classes, task.device))
     (counts,) = count(passes, [(probe.weights, probe.intercept)], num_classes + len(task.test.unseen))
     return summarise(counts, task.classes, task.names, task.test.unseen, task.test.left_out)
 
