@@ -11,13 +11,15 @@ import numpy as np
 import torch
 
 from clipindex.atomic import atomic_write
+from clipindex.devices import choose_precision
 from clipindex.errors import ClassesError, UsageError
 from clipindex.logistic import block_rows, fit
 from clipindex.probing.evaluation import Linear, count
 from clipindex.probing.protocols import README_C, Setting, pose, search_c
 from clipindex.probing.rows import Held, Ids, random_ranks
-from clipindex.probing.task import Task, pose_task
+from clipindex.probing.task import Task, TestRows, pose_task
 from clipindex.prompts import embed_classes, read_templates
+from clipindex.store import check_fingerprint
 from clipindex.types import ModelSpec
 
 CURVE_FILE = "few_shot.json"
@@ -115,21 +117,13 @@ def few_shot_curve(
     assert task.test is not None
     shots, draws = sorted(set(shots)), tuple(range(seed, seed + seeds))
     linears, strengths = _fit_all(task, shots, draws, c, on_progress)
-    zero = None if task.names is None else _zero_shot(task, templates, model)
     on_progress("testing")
-    found, test_rows = _accuracies(task, linears)
-    points = []
-    for at, number in enumerate(shots):
-        values = tuple(found[at * seeds : (at + 1) * seeds])
-        points.append(
-            FewShotPoint(
-                shots=number,
-                acc1=values,
-                mean=statistics.mean(values),
-                deviation=statistics.stdev(values) if seeds > 1 else 0.0,
-                c=tuple(strengths[at * seeds : (at + 1) * seeds]),
-            )
-        )
+    found, test_rows = _accuracies(task, task.test, linears)
+    zero = None if task.names is None else _zero_shot(task, task.test, task.names, read_templates(templates), model)
+    points = tuple(
+        _point(number, found[at * seeds : (at + 1) * seeds], strengths[at * seeds : (at + 1) * seeds])
+        for at, number in enumerate(shots)
+    )
     target = Path(out) if out is not None else task.folder / "probe"
     curve = FewShotCurve(
         out=str(target),
@@ -139,7 +133,7 @@ def few_shot_curve(
         test=task.test.source,
         test_rows=test_rows,
         seeds=draws,
-        points=tuple(points),
+        points=points,
         zero_shot=zero,
         templates=len(read_templates(templates)) if zero is not None else 0,
         seconds=round(time.perf_counter() - started, 3),
@@ -197,30 +191,36 @@ def _fit_one(rows: Held, ranks: Ids, shots: int, c: float | None, setting: Setti
     return (done.weights, done.intercept), c
 
 
-def _accuracies(task: Task, linears: Sequence[Linear]) -> tuple[list[float], int]:
-    assert task.test is not None
+def _point(shots: int, acc1: Sequence[float], c: Sequence[float]) -> FewShotPoint:
+    return FewShotPoint(
+        shots=shots,
+        acc1=tuple(acc1),
+        mean=statistics.mean(acc1),
+        deviation=statistics.stdev(acc1) if len(acc1) > 1 else 0.0,
+        c=tuple(c),
+    )
+
+
+def _accuracies(task: Task, test: TestRows, linears: Sequence[Linear]) -> tuple[list[float], int]:
     num_classes = len(task.classes)
-    rows = task.test.rows(task.features, task.device)
-    passes = rows.passes(task.test.chosen, block_rows(num_classes, task.device))
-    counts = count(passes, linears, num_classes + len(task.test.unseen))
+    passes = test.rows(task.features, task.device).passes(test.chosen, block_rows(num_classes, task.device))
+    counts = count(passes, linears, num_classes + len(test.unseen))
     return [float(one.overall()["acc1"] or 0) for one in counts], int(counts[0].support.sum())
 
 
-def _zero_shot(task: Task, templates: str, model: ModelSpec | None) -> float:
+def _zero_shot(
+    task: Task, test: TestRows, names: Sequence[str], templates: Sequence[str], model: ModelSpec | None
+) -> float:
     """Top-1 accuracy of the nearest class prompt among the probe's classes: it is a linear classifier, too."""
     # Here, since loading open_clip takes longer than training does, and only names need it.
-    from clipindex.devices import choose_precision
     from clipindex.encode import TextTower
     from clipindex.models import load_model
-    from clipindex.store import check_fingerprint
 
-    assert task.test is not None and task.names is not None
     loaded = load_model(model or task.model.spec)
     check_fingerprint(task.folder, task.model, loaded.info)
     tower = TextTower(loaded, device=task.device, precision=choose_precision("auto", task.device))
-    vectors = embed_classes(tower, task.names, read_templates(templates))
-    weights = torch.from_numpy(vectors).to(task.device) * task.model.logit_scale
+    weights = torch.from_numpy(embed_classes(tower, names, templates)).to(task.device) * task.model.logit_scale
     num_classes = len(task.classes)
-    passes = task.test.rows("normalized", task.device).passes(task.test.chosen, block_rows(num_classes, task.device))
-    (counts,) = count(passes, [(weights, weights.new_zeros(num_classes))], num_classes + len(task.test.unseen))
+    passes = test.rows("normalized", task.device).passes(test.chosen, block_rows(num_classes, task.device))
+    (counts,) = count(passes, [(weights, weights.new_zeros(num_classes))], num_classes + len(test.unseen))
     return float(counts.overall()["acc1"] or 0)

@@ -15,7 +15,7 @@ from clipindex.probing.evaluation import Evaluation, count, summarise
 from clipindex.probing.probe import Probe, write_probe
 from clipindex.probing.protocols import README_C, Setting, describe_search, name_protocol, pose, search_c
 from clipindex.probing.rows import Held, Ids, Rows, hold_if_fits, split, usable_bytes
-from clipindex.probing.task import Task, pose_task
+from clipindex.probing.task import Task, TestRows, pose_task
 
 SPLIT = 0.2
 """Fraction of the training rows that a search validates on; the protocols leave it open."""
@@ -97,18 +97,20 @@ def train_probe(
         if balanced:
             raise UsageError("CLIP_benchmark's probe does not balance classes")
         if not isinstance(rows, Held):
-            needed = (
-                f"{task.rows.held_bytes / 2**30:.1f} GiB, of which {usable_bytes(task.device) / 2**30:.1f} may be used"
+            usable = memory_bytes or usable_bytes(task.device)
+            raise UsageError(
+                "CLIP_benchmark's probe draws rows at random, so they must fit into memory: they take"
+                f" {task.rows.held_bytes / 2**30:.3g} GiB, and {usable / 2**30:.3g} may be used; --memory says how much"
             )
-            raise UsageError(f"CLIP_benchmark's probe draws rows at random, so they must fit into memory: {needed}")
         probe = _train_adamw(task, rows, seed, on_progress)
     else:
         probe = _train_logistic(task, rows, c, balanced, seed, on_progress)
     seconds = time.perf_counter() - started
-    evaluation = _test(task, rows, probe)
+    evaluation = None if task.test is None else _test(task, task.test, rows, probe)
     target = Path(out) if out is not None else task.folder / "probe"
-    record = None if evaluation is None else {"rows": task.test.source if task.test else "", **asdict(evaluation)}
-    write_probe(target, replace(probe, metrics=record))
+    if evaluation is not None and task.test is not None:
+        probe = replace(probe, metrics={"source": task.test.source, **asdict(evaluation)})
+    write_probe(target, probe)
     return TrainSummary(
         out=str(target),
         protocol=probe.protocol,
@@ -200,15 +202,13 @@ def _validation(rows: Rows, training: Ids, seed: int) -> tuple[Ids, Ids]:
     return training[kept], training[out]
 
 
-def _test(task: Task, rows: Rows, probe: Probe) -> Evaluation | None:
-    if task.test is None:
-        return None
+def _test(task: Task, test: TestRows, rows: Rows, probe: Probe) -> Evaluation:
     # Rows held out of the directory itself may be in memory already.
-    source = rows if task.test.chosen is not None else task.test.rows(task.features, task.device)
+    source = rows if test.chosen is not None else test.rows(task.features, task.device)
     num_classes = len(task.classes)
-    passes = source.passes(task.test.chosen, block_rows(num_classes, task.device))
-    (counts,) = count(passes, [(probe.weights, probe.intercept)], num_classes + len(task.test.unseen))
-    return summarise(counts, task.classes, task.names, task.test.unseen, task.test.left_out)
+    passes = source.passes(test.chosen, block_rows(num_classes, task.device))
+    (counts,) = count(passes, [(probe.weights, probe.intercept)], num_classes + len(test.unseen))
+    return summarise(counts, task.classes, task.names, test.unseen, test.left_out)
 
 
 def _common(task: Task, seed: int) -> dict[str, Any]:
