@@ -350,6 +350,8 @@ def test_the_commands(shapes, tmp_path):
         (["train", "x", "--shots", "1", "--balanced"], "--balanced does not apply"),
         (["train", "x", "--protocol", "clip-benchmark", "--c", "1"], "--c does not apply"),
         (["train", "x", "--shots", "1", "--plot", "a.jpg"], "end in .png"),
+        (["train", "x", "--model", "demo"], "belongs to --shots"),
+        (["train", "x", "--shots", "1", "--model", "demo"], "only --classes needs the model"),
         (["predict", "x", "--out", "a.csv"], ".parquet"),
     ],
 )

@@ -1,12 +1,13 @@
 """`clipindex probe`."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from clipindex.cli.options import apply, json_option, print_result, refuse_options
+from clipindex.cli.options import apply, json_option, model_options, print_result, refuse_options, spec
 
 if TYPE_CHECKING:
     from clipindex.probing import Evaluation, FewShotCurve, TrainSummary
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 CLASSES_SHOWN = 10
 """At each end of a long list of classes on the terminal."""
 CONFUSIONS_SHOWN = 5
+_MODEL = ("model", "pretrained", "random_init", "quick_gelu", "precision")
 
 
 def _strength(context: click.Context, parameter: click.Parameter, value: str) -> float | None:
@@ -75,7 +77,7 @@ train_options = [
 @probe.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @apply(train_options)
-@device_option
+@model_options(required=False)
 @json_option
 def train(
     folder: Path,
@@ -93,50 +95,55 @@ def train(
     """Train a linear classifier on an embedding directory with labels.
 
     It is multinomial logistic regression, as scikit-learn's LogisticRegression(C) defines it; the default is the recipe
-    in the README of CLIP. Rows without a label are left out.
+    in the README of CLIP. Rows without a label are left out. --model says how to load the model for zero-shot, where
+    the directory's own record does not lead to its weights on this machine.
     """
-    context = click.get_current_context()
-    if shots is None:
-        refuse_options(context, ("seeds", "templates", "plot"), "it belongs to --shots, which is missing")
-    else:
-        refuse_options(context, ("protocol", "balanced", "memory"), "with --shots nothing is trained on all rows")
-    if protocol is not None:
-        refuse_options(context, ("c",), f"{protocol} knows no C")
+    _refuse_what_is_ignored(shots is not None, classes is not None, protocol, options["model"] is not None)
     if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise click.UsageError(f"--plot {plot}: let the name end in .png, .svg or .pdf")
+    shared = {name: value for name, value in options.items() if name not in _MODEL}
     from clipindex.progress import reporting
 
     with reporting("probe") as report:
         report(0, 0, "reading labels")
         from clipindex import probing
 
+        shared |= {"names": classes, "on_progress": lambda note: report(0, 0, note)}
         if shots is None:
-            summary = probing.train_probe(
+            held = None if memory is None else round(memory * 2**30)
+            summary = probing.train_probe(folder, protocol=protocol, balanced=balanced, memory_bytes=held, **shared)
+        else:
+            curve = probing.few_shot_curve(
                 folder,
-                protocol=protocol,
-                balanced=balanced,
-                names=classes,
-                memory_bytes=None if memory is None else round(memory * 2**30),
-                on_progress=lambda note: report(0, 0, note),
-                **options,
+                shots,
+                seeds=seeds,
+                templates=templates,
+                model=spec(options) if options["model"] else None,
+                precision=options["precision"],
+                **{**shared, "features": options["features"] or "raw"},
             )
-            print_result(summary, as_json, _train_lines)
-            return 0
-        options["features"] = options["features"] or "raw"
-        curve = probing.few_shot_curve(
-            folder,
-            shots,
-            seeds=seeds,
-            names=classes,
-            templates=templates,
-            on_progress=lambda note: report(0, 0, note),
-            **options,
-        )
-        from clipindex.probing.plot import CURVE_PICTURE, draw_curve
+            from clipindex.probing.plot import CURVE_PICTURE, draw_curve
 
-        draw_curve(curve, plot or Path(curve.out) / CURVE_PICTURE)
-    print_result(curve, as_json, _curve_lines)
+            draw_curve(curve, plot or Path(curve.out) / CURVE_PICTURE)
+    if shots is None:
+        print_result(summary, as_json, _train_lines)
+    else:
+        print_result(curve, as_json, _curve_lines)
     return 0
+
+
+def _refuse_what_is_ignored(is_curve: bool, has_classes: bool, protocol: str | None, has_model: bool) -> None:
+    context = click.get_current_context()
+    if is_curve:
+        refuse_options(context, ("protocol", "balanced", "memory"), "with --shots nothing is trained on all rows")
+    else:
+        refuse_options(context, ("seeds", "templates", "plot", *_MODEL), "it belongs to --shots, which is missing")
+    if not has_classes:
+        refuse_options(context, ("templates", *_MODEL), "only --classes needs the model")
+    if not has_model:
+        refuse_options(context, ("pretrained", "random_init", "quick_gelu"), "it belongs to --model, which is missing")
+    if protocol is not None:
+        refuse_options(context, ("c",), f"{protocol} knows no C")
 
 
 @probe.command("eval")
@@ -160,8 +167,6 @@ def evaluate(folder: Path, probe_folder: Path | None, out: Path | None, device: 
         )
     if out is not None:
         with atomic_write(out) as file:
-            import dataclasses
-
             file.write(json.dumps(dataclasses.asdict(found), indent=2).encode() + b"\n")
     print_result(found, as_json, _evaluation_lines)
     return 0

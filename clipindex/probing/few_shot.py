@@ -77,6 +77,7 @@ def few_shot_curve(
     model: ModelSpec | None = None,
     out: str | Path | None = None,
     device: str = "auto",
+    precision: str = "auto",
     on_progress: Callable[[str], None] = lambda note: None,
 ) -> FewShotCurve:
     """Train probes on few rows of each class, and measure all of them in one pass over the test rows.
@@ -98,6 +99,7 @@ def few_shot_curve(
         model: How to load the model for them, where the directory's record does not lead to its weights.
         out: Where few_shot.json and few_shot.png go; `folder`/probe by default.
         device: 'auto', 'cpu', 'cuda' or 'cuda:N'.
+        precision: Of the text tower.
         on_progress: Called now and then with what is being done.
 
     Raises:
@@ -111,6 +113,7 @@ def few_shot_curve(
         raise UsageError("a few-shot curve needs rows to test on: another directory, or a fraction to hold out")
     if not shots or min(shots) < 1 or seeds < 1:
         raise UsageError("give at least one seed and numbers of shots of at least 1")
+    prompts = read_templates(templates)
     task = pose_task(
         folder, label=label, features=features, test=test, held_out=held_out, seed=seed, names=names, device=device
     )
@@ -119,7 +122,7 @@ def few_shot_curve(
     linears, strengths = _fit_all(task, shots, draws, c, on_progress)
     on_progress("testing")
     found, test_rows = _accuracies(task, task.test, linears)
-    zero = None if task.names is None else _zero_shot(task, task.test, task.names, read_templates(templates), model)
+    zero = None if task.names is None else _zero_shot(task, task.test, task.names, prompts, model, precision)
     points = tuple(
         _point(number, found[at * seeds : (at + 1) * seeds], strengths[at * seeds : (at + 1) * seeds])
         for at, number in enumerate(shots)
@@ -135,7 +138,7 @@ def few_shot_curve(
         seeds=draws,
         points=points,
         zero_shot=zero,
-        templates=len(read_templates(templates)) if zero is not None else 0,
+        templates=len(prompts) if zero is not None else 0,
         seconds=round(time.perf_counter() - started, 3),
     )
     with atomic_write(target / CURVE_FILE) as file:
@@ -209,7 +212,12 @@ def _accuracies(task: Task, test: TestRows, linears: Sequence[Linear]) -> tuple[
 
 
 def _zero_shot(
-    task: Task, test: TestRows, names: Sequence[str], templates: Sequence[str], model: ModelSpec | None
+    task: Task,
+    test: TestRows,
+    names: Sequence[str],
+    templates: Sequence[str],
+    model: ModelSpec | None,
+    precision: str,
 ) -> float:
     """Top-1 accuracy of the nearest class prompt among the probe's classes: it is a linear classifier, too."""
     # Here, since loading open_clip takes longer than training does, and only names need it.
@@ -218,7 +226,7 @@ def _zero_shot(
 
     loaded = load_model(model or task.model.spec)
     check_fingerprint(task.folder, task.model, loaded.info)
-    tower = TextTower(loaded, device=task.device, precision=choose_precision("auto", task.device))
+    tower = TextTower(loaded, device=task.device, precision=choose_precision(precision, task.device))
     weights = torch.from_numpy(embed_classes(tower, names, templates)).to(task.device) * task.model.logit_scale
     num_classes = len(task.classes)
     passes = test.rows("normalized", task.device).passes(test.chosen, block_rows(num_classes, task.device))
