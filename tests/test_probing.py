@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from probe_data import features, model, read_back, write_directory
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix
 
@@ -300,6 +301,7 @@ def test_probes_that_are_missing_or_damaged_are_said(corpus, trained, tmp_path):
     weights = (corpus / "probe" / "probe.safetensors").read_bytes()
     assert set(load_file(corpus / "probe" / "probe.safetensors")) == {"weights", "intercept"}
     whole = json.loads(document)
+    broken = save({"weights": torch.full((7, 32), torch.nan), "intercept": torch.zeros(7)})
     for text, data, message in [
         (document[:100], weights, "damaged"),
         ("[]", weights, "lacks what it should hold"),
@@ -307,6 +309,7 @@ def test_probes_that_are_missing_or_damaged_are_said(corpus, trained, tmp_path):
         (json.dumps({**whole, "format_version": 9}), weights, "version 9"),
         (json.dumps({**whole, "classes": [1, 2]}), weights, "for 2 classes"),
         (json.dumps({**whole, "features": "x"}), weights, "do not fit"),
+        (json.dumps({**whole, "weights_sha256": sha256(broken).hexdigest()}), broken, "no numbers"),
     ]:
         (tmp_path / "probe.json").write_text(text)
         (tmp_path / "probe.safetensors").write_bytes(data)

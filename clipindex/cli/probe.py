@@ -53,7 +53,8 @@ train_options = [
     click.option("--c", "c", callback=_strength, default="0.316", show_default=True, metavar="C|auto",
                  help="scikit-learn's C; auto searches it as appendix A.3 of the CLIP paper does."),
     click.option("--features", type=click.Choice(["raw", "normalized"]),
-                 help="The encoder's output as it was, or brought to unit length.  [default: raw]"),
+                 help="The encoder's output as it was, or brought to unit length."
+                      "  [default: raw; normalized for clip-benchmark]"),
     click.option("--protocol", type=click.Choice(["clip-benchmark"]),
                  help="CLIP_benchmark's recipe (AdamW) in place of logistic regression at --c."),
     click.option("--balanced", is_flag=True, help="Let every class count alike, however many rows it has."),

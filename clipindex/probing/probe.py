@@ -113,6 +113,8 @@ def _parse(document: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Probe:
         raise ValueError("features or names do not fit")
     if probe.weights.shape != (num_classes, info.dim) or probe.intercept.shape != (num_classes,):
         raise ValueError(f"weights of shape {list(probe.weights.shape)} for {num_classes} classes of {info.dim}-d")
+    if not (torch.isfinite(probe.weights).all() and torch.isfinite(probe.intercept).all()):
+        raise ValueError("weights that are no numbers")
     return probe
 
 
