@@ -111,3 +111,15 @@ def test_passes_end_where_they_are_bounded():
 def test_blocks_are_smaller_for_many_classes():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert block_rows(100_000, cpu) < block_rows(2000, cpu) < block_rows(2, cpu) < block_rows(2, gpu)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("low", [None, torch.bfloat16])
+def test_a_gpu_finds_the_same_minimum(low):
+    x, y = features(3000)
+    here = fit(problem(x, y), 0.316)
+    rows, labels = torch.from_numpy(x).cuda(), torch.from_numpy(y).cuda()
+    there = fit(Problem(lambda: [Block(rows, None, labels)], 7, low=low, hold=True), 0.316)
+    assert there.objective == pytest.approx(here.objective, rel=1e-5)
+    assert there.weights.device.type == "cuda"

@@ -170,6 +170,7 @@ def test_c_is_searched_at_the_price_of_few_fits(corpus, trained, tmp_path):
     assert found.protocol == "clip-a3"
     trials = found.training["search"]["trials"]
     assert len(trials) <= 15
+    assert all(trial["passes"] <= 15 for trial in trials)
     # Of equal accuracies the strongest; lambda is 1 / C, in eighths of a decade.
     assert 1 / found.c == pytest.approx(max(trials, key=lambda trial: (trial["acc1"], trial["strength"]))["strength"])
     assert np.log10(found.c) * 8 == pytest.approx(round(np.log10(found.c) * 8))

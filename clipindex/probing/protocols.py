@@ -25,6 +25,8 @@ PROTOCOLS = {
 
 SEARCH_POINTS = 97
 """From lambda 1e-6 to 1e6 in eighths of a decade."""
+DRAFT_PASSES = 15
+"""Where regularisation is too weak to bound the weights, a fit has no end, and no use: it is far beyond the peak."""
 _COARSE = 16
 """Steps between the first points: two decades."""
 
@@ -39,6 +41,8 @@ class Trial:
     """On the validation rows."""
     passes: int
     """Over the training rows."""
+    converged: bool
+    """Whether the fit met its tolerance; False where it was stopped before, at `DRAFT_PASSES`."""
 
 
 def name_protocol(c: float, features: str) -> str:
@@ -107,8 +111,8 @@ def _balance(class_ids: Ids, setting: Setting) -> torch.Tensor:
 def search_c(rows: Rows, training: Ids, validation: Ids, setting: Setting) -> tuple[Fit, list[Trial]]:
     """Find C as CLIP's appendix A.3 does; each fit begins at that of the nearest strength before it.
 
-    The fits are drafts, to `logistic.DRAFT_TOLERANCE`: what scikit-learn's default tolerance reaches on such features.
-    So the search takes two or three times as long as one fit does.
+    The fits are drafts, to `logistic.DRAFT_TOLERANCE`, which is what scikit-learn's default tolerance reaches on such
+    features, or of `DRAFT_PASSES`. So the search takes about three times as long as one fit does.
 
     Returns:
         The draft at the peak, and what was tried, in order.
@@ -124,9 +128,17 @@ def search_c(rows: Rows, training: Ids, validation: Ids, setting: Setting) -> tu
         before = min(fits, key=lambda other: (abs(other - point), -other), default=None)
         start = None if before is None else fits[before]
         note = f"search, lambda {strength:.3g}"
-        fits[point] = fit(problem, 1 / strength, start=start, draft=True, on_pass=lambda: setting.on_pass(note))
-        acc1 = measure(held_out, fits[point].weights, fits[point].intercept)
-        trials.append(Trial(strength=strength, acc1=acc1, passes=fits[point].passes))
+        found = fit(
+            problem,
+            1 / strength,
+            start=start,
+            draft=True,
+            max_passes=DRAFT_PASSES,
+            on_pass=lambda: setting.on_pass(note),
+        )
+        fits[point] = found
+        acc1 = measure(held_out, found.weights, found.intercept)
+        trials.append(Trial(strength=strength, acc1=acc1, passes=found.passes, converged=found.converged))
         return acc1
 
     best = search_peak(accuracy)
