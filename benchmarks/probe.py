@@ -10,6 +10,7 @@ Each way runs in a process of its own and reads the directory itself, so that it
 what the process has in all, and what it added to that after its imports: PyTorch alone is larger than scikit-learn.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -57,7 +58,10 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--rows", default="50000", help="training rows, several with commas between")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--without-scikit-learn", action="store_true")
+    parser.add_argument("--without-scikit-learn", action="store_true", help="for growth in rows, which it makes slow")
+    parser.add_argument(
+        "--tight", action="store_true", help="scikit-learn to a tolerance of 1e-6 as well: four times as long"
+    )
     options = parser.parse_args()
     rows: list[Row] = []
     for num_rows in map(int, options.rows.split(",")):
@@ -65,12 +69,18 @@ def main() -> None:
             root = Path(folder)
             _write(root / "test", TEST_ROWS, seed=1)
             _write(root / "train", num_rows, seed=0)
-            rows += _compare(root, num_rows, options.device, not options.without_scikit_learn)
+            rows += _compare(root, num_rows, options.device, _ways(options))
     finish("probe", rows, options.save)
 
 
-def _compare(root: Path, num_rows: int, device: str, with_scikit_learn: bool) -> list["Row"]:
-    found = {way: _run(way, root, device) for way in WAYS if with_scikit_learn or not way.startswith("scikit")}
+def _ways(options: argparse.Namespace) -> list[str]:
+    left_out = {"scikit-learn", "scikit-learn-tight"} if options.without_scikit_learn else {"scikit-learn-tight"}
+    return [way for way in WAYS if way not in left_out or (options.tight and way == "scikit-learn-tight")]
+
+
+def _compare(root: Path, num_rows: int, device: str, ways: list[str]) -> list["Row"]:
+    found = {way: _run(way, root, device) for way in ways}
+    with_scikit_learn = "scikit-learn" in found
     reference = found.get("scikit-learn", {"seconds": float("nan"), "objective": float("nan")})
     return [
         {
