@@ -58,6 +58,7 @@ def test_a_probe_is_scikit_learns(corpus, trained):
     assert (trained.protocol, trained.c, trained.features) == ("openai-readme", 0.316, "raw")
     probe = read_probe(corpus / "probe")
     assert probe.classes == tuple(GAPS.tolist())
+    assert "github.com/openai/CLIP" in probe.training["recipe"]
     assert probe.metrics["acc1"] == trained.test.acc1
     logits = test_x @ probe.weights.numpy().T + probe.intercept.numpy()
     np.testing.assert_allclose(torch.softmax(torch.from_numpy(logits), 1), theirs.predict_proba(test_x), atol=0.02)

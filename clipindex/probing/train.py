@@ -13,7 +13,7 @@ from clipindex.logistic import block_rows, fit
 from clipindex.probing.adamw import search_decay, train_adamw
 from clipindex.probing.evaluation import Evaluation, count, summarise
 from clipindex.probing.probe import Probe, write_probe
-from clipindex.probing.protocols import README_C, Setting, describe_search, name_protocol, pose, search_c
+from clipindex.probing.protocols import PROTOCOLS, README_C, Setting, describe_search, name_protocol, pose, search_c
 from clipindex.probing.rows import Held, Ids, Rows, hold_if_fits, split, usable_bytes
 from clipindex.probing.task import Task, TestRows, pose_task
 
@@ -190,7 +190,7 @@ def _probe(
         names=task.names,
         protocol=protocol,
         c=c,
-        training=training,
+        training={"recipe": PROTOCOLS[protocol], **training},
         metrics=None,
         weights=weights,
         intercept=intercept,
