@@ -1,9 +1,29 @@
-"""Classification metrics as CLIP_benchmark defines them (clip_benchmark/metrics/zeroshot_classification.py)."""
+"""Classification metrics as CLIP_benchmark defines them (clip_benchmark/metrics/zeroshot_classification.py).
 
+And what says how far to trust them: confidence intervals, calibration, which classes are taken for which.
+"""
+
+import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+CALIBRATION_BINS = 15
+"""As in Guo et al. 2017."""
+_Z_95 = 1.959964
+"""Of the normal distribution, 95 % lie within as many standard deviations."""
+
+
+def wilson_interval(hits: int, total: int) -> tuple[float, float]:
+    """A 95 % confidence interval of a proportion: Wilson's score interval (Wilson 1927, JASA 22).
+
+    Unlike the textbook's it stays within [0, 1] and holds for few samples and for proportions near the ends.
+    """
+    share, spread = hits / total, _Z_95**2 / total
+    centre = (share + spread / 2) / (1 + spread)
+    half = _Z_95 * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
+    return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 class ClassificationCounts:
@@ -13,14 +33,40 @@ class ClassificationCounts:
         self.support = np.zeros(num_classes, np.int64)
         self.hits_1 = np.zeros(num_classes, np.int64)
         self.hits_5 = np.zeros(num_classes, np.int64)
+        self._pairs = np.empty(0, np.int64)  # label * C + best class, those that occur: of C x C most never do
+        self._pair_counts = np.empty(0, np.int64)
+        self._bin_counts = np.zeros(CALIBRATION_BINS, np.int64)
+        self._bin_hits = np.zeros(CALIBRATION_BINS, np.int64)
+        self._bin_confidence = np.zeros(CALIBRATION_BINS)
 
-    def add(self, labels: npt.NDArray[np.integer[Any]], ids: npt.NDArray[np.integer[Any]]) -> None:
-        """Count labels [n] against predicted class ids [n, K], best first; K is at least min(5, C)."""
+    def add(
+        self,
+        labels: npt.NDArray[np.integer[Any]],
+        ids: npt.NDArray[np.integer[Any]],
+        confidence: npt.NDArray[np.floating[Any]] | None = None,
+    ) -> None:
+        """Count a batch.
+
+        Args:
+            labels: [n].
+            ids: Predicted classes [n, K], best first; K is at least min(5, C).
+            confidence: The probability given to the best class [n]; `calibration` and `confusion` need it.
+        """
         num_classes = len(self.support)
         hits = ids[:, :5] == labels[:, None]
         self.support += np.bincount(labels, minlength=num_classes)
         self.hits_1 += np.bincount(labels[hits[:, 0]], minlength=num_classes)
         self.hits_5 += np.bincount(labels[hits.any(axis=1)], minlength=num_classes)
+        if confidence is None:
+            return
+        pairs = np.concatenate([self._pairs, labels.astype(np.int64) * num_classes + ids[:, 0]])
+        weights = np.concatenate([self._pair_counts, np.ones(len(labels), np.int64)])
+        self._pairs, places = np.unique(pairs, return_inverse=True)
+        self._pair_counts = np.bincount(places, weights).astype(np.int64)
+        bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(np.int64) - 1, 0, CALIBRATION_BINS - 1)
+        self._bin_counts += np.bincount(bins, minlength=CALIBRATION_BINS)
+        self._bin_hits += np.bincount(bins[hits[:, 0]], minlength=CALIBRATION_BINS)
+        self._bin_confidence += np.bincount(bins, confidence, minlength=CALIBRATION_BINS)
 
     def overall(self) -> dict[str, float | int | None]:
         """Top-1 and top-5 accuracy over samples, and recall averaged over the classes that occur.
@@ -48,3 +94,31 @@ class ClassificationCounts:
             }
             for support, hits_1, hits_5 in zip(self.support, self.hits_1, self.hits_5, strict=True)
         ]
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95 % confidence intervals of the accuracies over samples."""
+        labelled = int(self.support.sum())
+        if not labelled:
+            return {}
+        of_5 = {"acc5": wilson_interval(int(self.hits_5.sum()), labelled)} if len(self.support) >= 5 else {}
+        return {"acc1": wilson_interval(int(self.hits_1.sum()), labelled), **of_5}
+
+    def confusion(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The cells of the confusion matrix that are not zero: label, predicted class, samples."""
+        return self._pairs // len(self.support), self._pairs % len(self.support), self._pair_counts
+
+    def calibration(self) -> tuple[float, list[dict[str, float | int]]]:
+        """The expected calibration error, and the bins that hold samples.
+
+        It is the mean over samples of |accuracy - mean confidence| of the sample's bin, in 15 bins of equal width of
+        the confidence, each without its lower bound (Guo et al. 2017, arXiv:1706.04599, equation 5).
+        """
+        filled = self._bin_counts > 0
+        counts = self._bin_counts[filled]
+        accuracy, confidence = self._bin_hits[filled] / counts, self._bin_confidence[filled] / counts
+        error = float((np.abs(accuracy - confidence) * counts).sum() / counts.sum()) if filled.any() else 0.0
+        bins: list[dict[str, float | int]] = [
+            {"samples": int(count), "accuracy": float(hit), "confidence": float(sure)}
+            for count, hit, sure in zip(counts, accuracy, confidence, strict=True)
+        ]
+        return error, bins

@@ -62,6 +62,17 @@ def _map_in_order(
         yield running.popleft().result()
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For many small computations, at which a team of PyTorch's threads is slower, and much so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def prefetch(items: Iterable[Item], size: int) -> Generator[Item, None, None]:
     """Yield `items` in order while a thread of their own produces up to `size` of them ahead; see `merge`."""
     return merge([items], size)

@@ -41,8 +41,16 @@ def test_help_answers_without_importing_what_is_slow():
     assert time.perf_counter() - started < 1  # 0.1 s where nothing else runs
 
 
+def every_command():
+    """Those of groups as well, named as they are typed."""
+    for name, command in commands.commands.items():
+        yield name, command
+        for sub, one in getattr(command, "commands", {}).items():
+            yield f"{name} {sub}", one
+
+
 def test_every_command_and_option_says_what_it_does():
-    for command in commands.commands.values():
+    for _, command in every_command():
         assert command.help
         for parameter in command.params:
             assert isinstance(parameter, click.Argument) or parameter.help, (command.name, parameter.name)
@@ -59,10 +67,10 @@ def test_limits_are_those_of_the_modules_that_the_command_line_does_not_load():
 
 def test_every_command_is_in_the_readme():
     readme = (Path(__file__).parents[1] / "README.md").read_text()
-    for name in commands.commands:
+    for name, _ in every_command():
         assert f"clipindex {name}" in readme
     for option in re.findall(r"--[a-z][a-z-]+", readme):
-        known = {o for c in commands.commands.values() for p in c.params for o in (*p.opts, *p.secondary_opts)}
+        known = {o for _, c in every_command() for p in c.params for o in (*p.opts, *p.secondary_opts)}
         assert option in known | {"--help", "--version", "--save", "--editable"}, option
 
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
-from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 
-from clipindex.metrics import ClassificationCounts
+from clipindex.metrics import ClassificationCounts, wilson_interval
 
 
 @pytest.mark.parametrize("num_classes", [6, 40])
@@ -30,3 +30,32 @@ def test_no_acc5_below_five_classes_and_nothing_without_labels():
     assert counts.overall()["acc1"] is None
     counts.add(np.array([0, 1]), np.array([[0, 1, 2], [2, 1, 0]], np.int32))
     assert counts.overall() == {"labelled": 2, "acc1": 0.5, "acc5": None, "mean_per_class_recall": 0.5}
+
+
+def test_wilson_intervals_are_those_of_the_literature():
+    # Newcombe 1998, Statistics in Medicine 17, table I, method 3.
+    for hits, total, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)]:
+        assert wilson_interval(hits, total) == pytest.approx((low, high), abs=1e-4)
+    assert wilson_interval(29, 29) == pytest.approx((0.8830, 1.0), abs=1e-4)
+
+
+def test_calibration_error_and_confusion_over_any_batches():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 6, 400)
+    ids = np.argsort(-rng.random((400, 6)), axis=1)
+    confidence = rng.random(400)
+    confidence[:3] = (0.0, 1.0, 1 / 15)  # on the edges of bins, which belong to the lower one
+    counts = ClassificationCounts(6)
+    for first in range(0, 400, 93):
+        counts.add(labels[first : first + 93], ids[first : first + 93], confidence[first : first + 93])
+    matrix = np.zeros((6, 6), int)
+    label, best, samples = counts.confusion()
+    matrix[label, best] = samples
+    np.testing.assert_array_equal(matrix, confusion_matrix(labels, ids[:, 0]))
+    hits, expected = ids[:, 0] == labels, 0.0
+    for at in range(15):
+        inside = (confidence > at / 15) & (confidence <= (at + 1) / 15) if at else confidence <= 1 / 15
+        expected += abs(hits[inside].mean() - confidence[inside].mean()) * inside.sum() / 400
+    error, bins = counts.calibration()
+    assert error == pytest.approx(expected)
+    assert sum(one["samples"] for one in bins) == 400

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from clipindex.cli import bench, classify, dedup, demo, embed, exporting, importing, index, pack, search, verify
+from clipindex.cli import bench, classify, dedup, demo, embed, exporting, importing, index, pack, probe, search, verify
 from clipindex.errors import ClipindexError, UsageError
 from clipindex.version import __version__
 
@@ -96,7 +96,7 @@ def _set_up_logging() -> None:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="clipindex")
 def commands() -> None:
-    """Turn image corpora into CLIP embeddings worth keeping; classify with them, search them.
+    """Turn image corpora into CLIP embeddings worth keeping; classify with them, search them, train on them.
 
     WebDataset tars go in; Parquet shards of embeddings come out, a row or a recorded reject for every sample. Runs that
     were stopped go on where they were.
@@ -111,6 +111,7 @@ for command in (
     index.index,
     search.search,
     dedup.dedup,
+    probe.probe,
     importing.import_embeddings,
     exporting.export_embeddings,
     demo.demo,

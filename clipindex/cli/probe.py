@@ -1,0 +1,244 @@
+"""`clipindex probe`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from clipindex.cli.options import apply, json_option, model_options, print_result, refuse_options, spec
+
+if TYPE_CHECKING:
+    from clipindex.probing import Evaluation, FewShotCurve, TrainSummary
+
+CLASSES_SHOWN = 10
+"""At each end of a long list of classes on the terminal."""
+CONFUSIONS_SHOWN = 5
+_MODEL = ("model", "pretrained", "random_init", "quick_gelu", "precision")
+
+
+def _strength(context: click.Context, parameter: click.Parameter, value: str) -> float | None:
+    """A number, or auto, which is None."""
+    try:
+        return None if value == "auto" else float(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a number nor auto") from None
+
+
+def _shots(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
+    """Numbers with commas between."""
+    try:
+        return None if value is None else [int(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list such as 1,2,4,8,16") from None
+
+
+device_option = click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
+probe_option = click.option("--probe", "probe_folder", type=click.Path(path_type=Path), metavar="PROBE",
+                            help="What probe train wrote.  [default: DIR/probe]")  # fmt: skip
+
+
+@click.group()
+def probe() -> None:
+    """Linear probes: classifiers that are trained on embeddings and their labels."""
+
+
+train_options = [
+    click.option("--label", default="label", show_default=True, metavar="COLUMN", help="Which column has the labels."),
+    click.option("--test", type=click.Path(path_type=Path), metavar="DIR2",
+                 help="Another directory of the same model, to test on."),
+    click.option("--split", "held_out", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="FRACTION",
+                 help="Or test on this fraction of each class of DIR, and do not train on it."),
+    click.option("--c", "c", callback=_strength, default="0.316", show_default=True, metavar="C|auto",
+                 help="scikit-learn's C; auto searches it as appendix A.3 of the CLIP paper does."),
+    click.option("--features", type=click.Choice(["raw", "normalized"]),
+                 help="The encoder's output as it was, or brought to unit length."
+                      "  [default: raw; normalized for clip-benchmark]"),
+    click.option("--protocol", type=click.Choice(["clip-benchmark"]),
+                 help="CLIP_benchmark's recipe (AdamW) in place of logistic regression at --c."),
+    click.option("--balanced", is_flag=True, help="Let every class count alike, however many rows it has."),
+    click.option("--shots", callback=_shots, metavar="N,N,…",
+                 help="Instead of a probe of all rows, a curve: accuracy over training rows a class."),
+    click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Draws for each of --shots."),
+    click.option("--seed", type=click.IntRange(0, 2**32), default=0, show_default=True,
+                 help="Of all that is drawn at random."),
+    click.option("--classes", type=click.Path(path_type=Path), metavar="FILE",
+                 help="Class names, one a line, in the order of the labels; with --shots, zero-shot is drawn beside."),
+    click.option("--templates", default="simple", show_default=True, metavar="FILE|NAME",
+                 help="Prompts for that, as for classify."),
+    click.option("--out", type=click.Path(path_type=Path), help="Where the probe goes.  [default: DIR/probe]"),
+    click.option("--plot", type=click.Path(path_type=Path), metavar="FILE",
+                 help="Picture of the curve, .png, .svg or .pdf.  [default: few_shot.png in --out]"),
+    click.option("--memory", type=click.FloatRange(0, min_open=True), metavar="GIB",
+                 help="What embeddings may take; more are read again in each pass.  [default: a quarter of all]"),
+]  # fmt: skip
+
+
+@probe.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@apply(train_options)
+@model_options(required=False)
+@json_option
+def train(
+    folder: Path,
+    shots: list[int] | None,
+    seeds: int,
+    classes: Path | None,
+    templates: str,
+    plot: Path | None,
+    memory: float | None,
+    protocol: str | None,
+    balanced: bool,
+    as_json: bool,
+    **options: Any,  # noqa: ANN401
+) -> int:
+    """Train a linear classifier on an embedding directory with labels.
+
+    It is multinomial logistic regression, as scikit-learn's LogisticRegression(C) defines it; the default is the recipe
+    in the README of CLIP. Rows without a label are left out. --model says how to load the model for zero-shot, where
+    the directory's own record does not lead to its weights on this machine.
+    """
+    _refuse_what_is_ignored(shots is not None, classes is not None, protocol, options["model"] is not None)
+    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise click.UsageError(f"--plot {plot}: let the name end in .png, .svg or .pdf")
+    shared = {name: value for name, value in options.items() if name not in _MODEL}
+    from clipindex.progress import reporting
+
+    with reporting("probe") as report:
+        report(0, 0, "reading labels")
+        from clipindex import probing
+
+        shared |= {"names": classes, "on_progress": lambda note: report(0, 0, note)}
+        if shots is None:
+            held = None if memory is None else round(memory * 2**30)
+            summary = probing.train_probe(folder, protocol=protocol, balanced=balanced, memory_bytes=held, **shared)
+        else:
+            curve = probing.few_shot_curve(
+                folder,
+                shots,
+                seeds=seeds,
+                templates=templates,
+                model=spec(options) if options["model"] else None,
+                precision=options["precision"],
+                **{**shared, "features": options["features"] or "raw"},
+            )
+            from clipindex.probing.plot import CURVE_PICTURE, draw_curve
+
+            draw_curve(curve, plot or Path(curve.out) / CURVE_PICTURE)
+    if shots is None:
+        print_result(summary, as_json, _train_lines)
+    else:
+        print_result(curve, as_json, _curve_lines)
+    return 0
+
+
+def _refuse_what_is_ignored(is_curve: bool, has_classes: bool, protocol: str | None, has_model: bool) -> None:
+    context = click.get_current_context()
+    if is_curve:
+        refuse_options(context, ("protocol", "balanced", "memory"), "with --shots nothing is trained on all rows")
+    else:
+        refuse_options(context, ("seeds", "templates", "plot", *_MODEL), "it belongs to --shots, which is missing")
+    if not has_classes:
+        refuse_options(context, ("templates", *_MODEL), "only --classes needs the model")
+    if not has_model:
+        refuse_options(context, ("pretrained", "random_init", "quick_gelu"), "it belongs to --model, which is missing")
+    if protocol is not None:
+        refuse_options(context, ("c",), f"{protocol} knows no C")
+
+
+@probe.command("eval")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@probe_option
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE.json", help="Also write all of it to this file.")
+@device_option
+@json_option
+def evaluate(folder: Path, probe_folder: Path | None, out: Path | None, device: str, as_json: bool) -> int:
+    """Measure a probe on the labelled rows of an embedding directory."""
+    from clipindex.progress import reporting
+
+    with reporting("probe eval") as report:
+        report(0, 0, "")
+        from clipindex import probing
+        from clipindex.atomic import atomic_write
+
+        probe = probing.read_probe(probe_folder or folder / "probe")
+        found = probing.evaluate_probe(
+            folder, probe, device=device, on_progress=lambda rows, total: report(rows, total, f"{rows:,} rows")
+        )
+    if out is not None:
+        with atomic_write(out) as file:
+            file.write(json.dumps(dataclasses.asdict(found), indent=2).encode() + b"\n")
+    print_result(found, as_json, _evaluation_lines)
+    return 0
+
+
+@probe.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@probe_option
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE.parquet", required=True, help="Where to write.")
+@click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Classes to keep for a row.")
+@device_option
+@json_option
+def predict(folder: Path, probe_folder: Path | None, out: Path, top: int, device: str, as_json: bool) -> int:
+    """Write what a probe says of every row of an embedding directory."""
+    if out.suffix != ".parquet":
+        raise click.UsageError(f"--out {out}: it is Parquet that is written; let the name end in .parquet")
+    from clipindex.progress import reporting
+
+    with reporting("probe predict") as report:
+        report(0, 0, "")
+        from clipindex import probing
+
+        probe = probing.read_probe(probe_folder or folder / "probe")
+        rows = probing.write_predictions(
+            folder, probe, out, top=top, device=device, on_progress=lambda rows: report(0, 0, f"{rows:,} rows")
+        )
+    print_result({"out": str(out), "rows": rows}, as_json, lambda done: [f"{done['rows']:,} rows -> {done['out']}"])
+    return 0
+
+
+def _train_lines(summary: "TrainSummary") -> list[str]:
+    left_out = f" ({summary.left_out:,} without a label left out)" if summary.left_out else ""
+    found = "" if summary.c is None else f", C {summary.c:.4g}"
+    lines = [
+        f"{summary.rows:,} rows{left_out}, {summary.classes:,} classes, {summary.features} features,"
+        f" {summary.protocol}{found} in {summary.seconds:,.1f} s -> {summary.out}"
+    ]
+    if summary.training.get("converged") is False:
+        lines.append("not converged: the objective is as low as float32 can tell, or the passes were used up")
+    return lines + (_evaluation_lines(summary.test) if summary.test else [])
+
+
+def _evaluation_lines(found: "Evaluation") -> list[str]:
+    def with_interval(what: str, value: float | None) -> str:
+        low, high = found.intervals.get(what, (0, 0))
+        return "" if value is None else f"{what} {value:.2%} ({low:.2%} to {high:.2%})   "
+
+    lines = [
+        f"{with_interval('acc1', found.acc1)}{with_interval('acc5', found.acc5)}"
+        f"mean per-class recall {found.mean_per_class_recall:.2%}   calibration error {found.calibration_error:.4f}"
+        f"   ({found.labelled:,} labelled, {found.left_out:,} without a label left out)"
+    ]
+    if found.unseen:
+        rows, first = sum(found.unseen.values()), next(iter(found.unseen))
+        lines.append(f"{rows:,} rows have labels without training rows, such as {first}: they count as wrong")
+    names = {row["label"]: row["name"] or f"label {row['label']}" for row in found.per_class}
+    rows_shown = sorted((row for row in found.per_class if row["support"]), key=lambda row: row["recall"])
+    width = max(len(names[row["label"]]) for row in rows_shown)
+    table = [f"  {names[row['label']]:<{width}}  {row['recall']:>7.2%} of {row['support']:,}" for row in rows_shown]
+    if len(table) > 2 * CLASSES_SHOWN:
+        table = [*table[:CLASSES_SHOWN], f"  … {len(table) - 2 * CLASSES_SHOWN:,} more", *table[-CLASSES_SHOWN:]]
+    wrong = sorted((cell for cell in found.confusion if cell[0] != cell[1]), key=lambda cell: -cell[2])
+    taken = [f"  {names[label]} for {names[best]}: {rows:,}" for label, best, rows in wrong[:CONFUSIONS_SHOWN]]
+    return [*lines, "recall by class:", *table, *(["most often taken:", *taken] if taken else [])]
+
+
+def _curve_lines(curve: "FewShotCurve") -> list[str]:
+    lines = [
+        f"{curve.test_rows:,} test rows, {curve.classes:,} classes, {len(curve.seeds)} draws in {curve.seconds:,.1f} s"
+        f" -> {curve.out}"
+    ]
+    if curve.zero_shot is not None:
+        lines.append(f"zero-shot  acc1 {curve.zero_shot:.2%}")
+    return lines + [f"{p.shots:>4} shots  acc1 {p.mean:.2%} ± {p.deviation:.2%}" for p in curve.points]

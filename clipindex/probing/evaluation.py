@@ -1,0 +1,233 @@
+"""How good a probe is on labelled rows, and what it says of any rows."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from clipindex.devices import choose_device
+from clipindex.errors import StoreError
+from clipindex.logistic import Block, Passes, block_rows, map_blocks
+from clipindex.metrics import ClassificationCounts, wilson_interval
+from clipindex.probing.probe import Probe
+from clipindex.probing.rows import Ids, Streamed, read_all_labels, take_part
+from clipindex.store import AtomicParquet, check_fingerprint, read_dataset, read_embeddings
+
+NUM_RANKED = 5
+CONFUSIONS_SHOWN = 20
+
+Linear = tuple[torch.Tensor, torch.Tensor]
+"""Weights [C, D] and intercept [C]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """What a probe got right; accuracies are those of CLIP_benchmark, see `metrics.ClassificationCounts`."""
+
+    labelled: int
+    """Rows that were measured."""
+    left_out: int
+    """Rows without a label."""
+    unseen: dict[int, int]
+    """Labels that the probe was not trained on, and how many rows have them: they count as wrong."""
+    acc1: float
+    acc5: float | None
+    """None below five classes."""
+    mean_per_class_recall: float
+    intervals: dict[str, tuple[float, float]]
+    """95 % of acc1 and acc5, Wilson 1927."""
+    calibration_error: float
+    """Expected calibration error, Guo et al. 2017, 15 bins."""
+    calibration: list[dict[str, float | int]]
+    """Its bins: samples, accuracy, mean confidence."""
+    per_class: list[dict[str, Any]]
+    """Label, name, support, recall with interval, recall5, precision; None where it is not defined."""
+    confusion: list[tuple[int, int, int]]
+    """Label, predicted label, rows; cells without rows left out."""
+
+
+def evaluate_probe(
+    folder: str | Path,
+    probe: Probe,
+    *,
+    device: str = "auto",
+    on_progress: Callable[[int, int], None] = lambda rows, total: None,
+) -> Evaluation:
+    """Measure a probe on the labelled rows of a directory.
+
+    Args:
+        folder: The embedding directory.
+        probe: Of the same model.
+        device: 'auto', 'cpu', 'cuda' or 'cuda:N'.
+        on_progress: Called with the number of rows measured, and of all.
+
+    Raises:
+        FingerprintError: The embeddings are of another model.
+        ClassesError: No row has a label.
+        StoreError: A file is damaged.
+    """
+    folder = Path(folder)
+    check_fingerprint(folder, read_dataset(folder).model, probe.model)
+    chosen = choose_device(device)
+    labels = read_all_labels(folder)
+    part, unseen = take_part(labels, probe.classes)
+    rows = Streamed([part], probe.features, chosen)
+    linear = (probe.weights.to(chosen), probe.intercept.to(chosen))
+    total = len(rows.class_ids)
+    (counts,) = count(
+        rows.passes(at_once=block_rows(len(probe.classes), chosen)),
+        [linear],
+        len(probe.classes) + len(unseen),
+        lambda done: on_progress(done, total),
+    )
+    return summarise(counts, probe.classes, probe.names, unseen, labels.left_out)
+
+
+def count(
+    passes: Passes, linears: Sequence[Linear], num_classes: int, on_rows: Callable[[int], None] = lambda rows: None
+) -> list[ClassificationCounts]:
+    """What each of several classifiers gets right, in one pass over rows with class ids below `num_classes`."""
+    counts = [ClassificationCounts(num_classes) for _ in linears]
+    rows = 0
+
+    def rank(block: Block) -> tuple[Ids, list[tuple[Ids, npt.NDArray[np.float64]]]]:
+        x = block.features()
+        best = [best_classes(x, linear, NUM_RANKED) for linear in linears]
+        return block.labels.cpu().numpy(), [
+            (one.indices.cpu().numpy(), one.values[:, 0].double().cpu().numpy()) for one in best
+        ]
+
+    for labels, ranked in map_blocks(rank, passes()):
+        for one, (ids, confidence) in zip(counts, ranked, strict=True):
+            one.add(labels, ids, confidence)
+        rows += len(labels)
+        on_rows(rows)
+    return counts
+
+
+def best_classes(x: torch.Tensor, linear: Linear, number: int) -> torch.return_types.topk:
+    """The best classes [n, at most number] of features [n, D], and their probabilities."""
+    weights, intercept = linear
+    return torch.topk(torch.softmax(x @ weights.T + intercept, 1), min(number, len(intercept)))
+
+
+def summarise(
+    counts: ClassificationCounts,
+    classes: Sequence[int],
+    names: Sequence[str] | None,
+    unseen: dict[int, int],
+    left_out: int,
+) -> Evaluation:
+    """The evaluation that follows from counts over `classes` and, after them, those that are `unseen`."""
+    labels = [*classes, *unseen]
+    overall = counts.overall()
+    error, bins = counts.calibration()
+    truth, predicted, cells = counts.confusion()
+    num_predicted = np.bincount(predicted, cells, minlength=len(labels))
+    return Evaluation(
+        labelled=int(overall["labelled"] or 0),
+        left_out=left_out,
+        unseen=unseen,
+        acc1=float(overall["acc1"] or 0),
+        acc5=overall["acc5"],
+        mean_per_class_recall=float(overall["mean_per_class_recall"] or 0),
+        intervals=counts.intervals(),
+        calibration_error=error,
+        calibration=bins,
+        per_class=[
+            {
+                "label": label,
+                "name": names[at] if names and at < len(names) else None,
+                **row,
+                "recall_interval": wilson_interval(int(counts.hits_1[at]), int(counts.support[at]))
+                if counts.support[at]
+                else None,
+                "precision": float(counts.hits_1[at] / num_predicted[at]) if num_predicted[at] else None,
+            }
+            for at, (label, row) in enumerate(zip(labels, counts.per_class(), strict=True))
+        ],
+        confusion=[
+            (labels[label], labels[best], number)
+            for label, best, number in zip(truth.tolist(), predicted.tolist(), cells.tolist(), strict=True)
+        ],
+    )
+
+
+def write_predictions(
+    folder: str | Path,
+    probe: Probe,
+    out: str | Path,
+    *,
+    top: int = 5,
+    device: str = "auto",
+    on_progress: Callable[[int], None] = lambda rows: None,
+) -> int:
+    """Write what a probe says of every row of a directory, labelled or not.
+
+    Args:
+        folder: The embedding directory.
+        probe: Of the same model.
+        out: A Parquet file with key, shard, label, and lists of the best classes: class_label, class_name, probability.
+        top: How many classes.
+        device: As in `evaluate`.
+        on_progress: Called with the number of rows written.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        FingerprintError: The embeddings are of another model.
+        StoreError: A file is damaged.
+    """
+    folder = Path(folder)
+    check_fingerprint(folder, read_dataset(folder).model, probe.model)
+    chosen = choose_device(device)
+    linear = (probe.weights.to(chosen), probe.intercept.to(chosen))
+    top = min(top, len(probe.classes))
+    labels = pa.array(probe.classes, pa.int32())
+    names = pa.array([probe.name(at) for at in range(len(probe.classes))], pa.string())
+    parquet = AtomicParquet(Path(out), _prediction_schema(top), compression="zstd")
+    rows = 0
+    try:
+        for batch in read_embeddings(folder, ("key", "label", "norm")):
+            x = torch.from_numpy(batch.embedding).to(chosen).float()
+            if probe.features == "raw":
+                x = x * torch.from_numpy(batch.columns["norm"].to_numpy().copy()).to(chosen)[:, None]
+            best = best_classes(x, linear, top)
+            if not bool(torch.isfinite(best.values).all()):
+                wrong = batch.first_row + int(torch.nonzero(~torch.isfinite(best.values))[0, 0])
+                raise StoreError(
+                    f"{folder}/embeddings/{batch.shard.name}.parquet: row {wrong} is not a number; delete the file and"
+                    " embed its tar again"
+                )
+            ids = pa.array(best.indices.cpu().numpy().reshape(-1))
+            lists = (labels.take(ids), names.take(ids), pa.array(best.values.cpu().numpy().reshape(-1)))
+            columns = (pa.FixedSizeListArray.from_arrays(values, top) for values in lists)
+            shard = pa.repeat(pa.scalar(batch.shard.name, pa.string()), len(x))
+            arrays = [batch.columns["key"], shard, batch.columns["label"], *columns]
+            parquet.write(pa.Table.from_arrays(arrays, schema=_prediction_schema(top)))
+            rows += len(x)
+            on_progress(rows)
+    except BaseException:
+        parquet.abort()
+        raise
+    parquet.commit()
+    return rows
+
+
+def _prediction_schema(top: int) -> pa.Schema:
+    return pa.schema(
+        [
+            ("key", pa.string()),
+            ("shard", pa.string()),
+            ("label", pa.int32()),
+            ("class_label", pa.list_(pa.int32(), top)),
+            ("class_name", pa.list_(pa.string(), top)),
+            ("probability", pa.list_(pa.float32(), top)),
+        ]
+    )

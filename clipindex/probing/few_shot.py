@@ -1,0 +1,234 @@
+"""Accuracy over the number of training rows a class, beside that without any."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from clipindex.atomic import atomic_write
+from clipindex.devices import choose_precision
+from clipindex.errors import ClassesError, UsageError
+from clipindex.logistic import block_rows, fit
+from clipindex.probing.evaluation import Linear, count
+from clipindex.probing.protocols import README_C, Setting, pose, search_c
+from clipindex.probing.rows import Held, Ids, random_ranks
+from clipindex.probing.task import Task, TestRows, pose_task
+from clipindex.prompts import embed_classes, read_templates
+from clipindex.store import check_fingerprint
+from clipindex.types import ModelSpec
+
+CURVE_FILE = "few_shot.json"
+MOST_VALIDATION_SHOTS = 4
+"""Rows a class that a search validates on, or as many as it trains on: as CoOp (Zhou et al. 2022, arXiv:2109.01134)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FewShotPoint:
+    """A number of training rows a class, drawn with several seeds."""
+
+    shots: int
+    acc1: tuple[float, ...]
+    """For each seed."""
+    mean: float
+    deviation: float
+    """Sample standard deviation over seeds; 0 for one."""
+    c: tuple[float, ...]
+    """For each seed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FewShotCurve:
+    """What few_shot.json holds."""
+
+    out: str
+    model: str
+    features: str
+    classes: int
+    test: str
+    """Where the rows are from that were measured."""
+    test_rows: int
+    seeds: tuple[int, ...]
+    points: tuple[FewShotPoint, ...]
+    zero_shot: float | None
+    """acc1 of the class names' prompts; None without names."""
+    templates: int
+    """Prompts a class, of zero_shot."""
+    seconds: float
+
+
+def few_shot_curve(
+    folder: str | Path,
+    shots: Sequence[int],
+    *,
+    seeds: int = 3,
+    seed: int = 0,
+    label: str = "label",
+    c: float | None = README_C,
+    features: str = "raw",
+    test: str | Path | None = None,
+    held_out: float | None = None,
+    names: str | Path | Sequence[str] | None = None,
+    templates: str = "simple",
+    model: ModelSpec | None = None,
+    out: str | Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    on_progress: Callable[[str], None] = lambda note: None,
+) -> FewShotCurve:
+    """Train probes on few rows of each class, and measure all of them in one pass over the test rows.
+
+    The rows of a seed's smaller numbers are among those of its larger ones.
+
+    Args:
+        folder: The embedding directory.
+        shots: Rows a class.
+        seeds: How many draws.
+        seed: The first one's.
+        label: The column of labels.
+        c: scikit-learn's C; None to search it, validating on up to four other rows a class, which are not trained on.
+        features: 'raw' or 'normalized'.
+        test: Another directory of the same model.
+        held_out: Or a fraction of each class of this one.
+        names: Class names, for zero-shot accuracy.
+        templates: Its prompts, as in `zeroshot.classify`.
+        model: How to load the model for them, where the directory's record does not lead to its weights.
+        out: Where few_shot.json and few_shot.png go; `folder`/probe by default.
+        device: 'auto', 'cpu', 'cuda' or 'cuda:N'.
+        precision: Of the text tower.
+        on_progress: Called now and then with what is being done.
+
+    Raises:
+        UsageError: Options contradict each other.
+        ClassesError: A class has too few rows, or labels or names cannot define a probe.
+        FingerprintError: The model or the test rows are not those of the directory.
+        StoreError: A file is damaged.
+    """
+    started = time.perf_counter()
+    if test is None and held_out is None:
+        raise UsageError("a few-shot curve needs rows to test on: another directory, or a fraction to hold out")
+    if not shots or min(shots) < 1 or seeds < 1:
+        raise UsageError("give at least one seed and numbers of shots of at least 1")
+    prompts = read_templates(templates)
+    task = pose_task(
+        folder, label=label, features=features, test=test, held_out=held_out, seed=seed, names=names, device=device
+    )
+    assert task.test is not None
+    shots, draws = sorted(set(shots)), tuple(range(seed, seed + seeds))
+    linears, strengths = _fit_all(task, shots, draws, c, on_progress)
+    on_progress("testing")
+    found, test_rows = _accuracies(task, task.test, linears)
+    zero = None if task.names is None else _zero_shot(task, task.test, task.names, prompts, model, precision)
+    points = tuple(
+        _point(number, found[at * seeds : (at + 1) * seeds], strengths[at * seeds : (at + 1) * seeds])
+        for at, number in enumerate(shots)
+    )
+    target = Path(out) if out is not None else task.folder / "probe"
+    curve = FewShotCurve(
+        out=str(target),
+        model=task.model.spec.name,
+        features=features,
+        classes=len(task.classes),
+        test=task.test.source,
+        test_rows=test_rows,
+        seeds=draws,
+        points=points,
+        zero_shot=zero,
+        templates=len(prompts) if zero is not None else 0,
+        seconds=round(time.perf_counter() - started, 3),
+    )
+    with atomic_write(target / CURVE_FILE) as file:
+        file.write(json.dumps(asdict(curve), indent=2).encode() + b"\n")
+    return curve
+
+
+def _fit_all(
+    task: Task, shots: Sequence[int], draws: Sequence[int], c: float | None, on_progress: Callable[[str], None]
+) -> tuple[list[Linear], list[float]]:
+    """Probes and their C, for each number of shots all draws."""
+    class_ids = task.rows.class_ids[task.training]
+    most = shots[-1] + (min(shots[-1], MOST_VALIDATION_SHOTS) if c is None else 0)
+    counts = np.bincount(class_ids, minlength=len(task.classes))
+    if counts.min() < most:
+        scarce = int(counts.argmin())
+        what = f"{shots[-1]} shots{f' and {most - shots[-1]} rows to validate on' if c is None else ''}"
+        raise ClassesError(
+            f"label {task.classes[scarce]} has {counts[scarce]} rows to learn from, fewer than {what} need;"
+            " give fewer shots"
+        )
+    ranks = {draw: random_ranks(class_ids, draw) for draw in draws}
+    wanted = np.flatnonzero(np.any([one < most for one in ranks.values()], axis=0))
+    on_progress("reading")
+    rows = task.rows.hold(task.training[wanted])
+    linears: list[Linear] = []
+    strengths: list[float] = []
+    for number in shots:
+        for draw in draws:
+            setting = Setting(
+                num_classes=len(task.classes),
+                balanced=False,
+                low=None,  # so few rows are no work
+                hold=False,
+                device=task.device,
+                on_pass=lambda _: None,
+            )
+            on_progress(f"{number} shots, seed {draw}")
+            linear, strength = _fit_one(rows, ranks[draw][wanted], number, c, setting)
+            linears.append(linear)
+            strengths.append(strength)
+    return linears, strengths
+
+
+def _fit_one(rows: Held, ranks: Ids, shots: int, c: float | None, setting: Setting) -> tuple[Linear, float]:
+    training = np.flatnonzero(ranks < shots)
+    start = None
+    if c is None:
+        validation = np.flatnonzero((ranks >= shots) & (ranks < shots + min(shots, MOST_VALIDATION_SHOTS)))
+        start, _ = search_c(rows, training, validation, setting)
+        c = start.c
+    done = fit(pose(rows, training, setting), c, start=start)
+    return (done.weights, done.intercept), c
+
+
+def _point(shots: int, acc1: Sequence[float], c: Sequence[float]) -> FewShotPoint:
+    return FewShotPoint(
+        shots=shots,
+        acc1=tuple(acc1),
+        mean=statistics.mean(acc1),
+        deviation=statistics.stdev(acc1) if len(acc1) > 1 else 0.0,
+        c=tuple(c),
+    )
+
+
+def _accuracies(task: Task, test: TestRows, linears: Sequence[Linear]) -> tuple[list[float], int]:
+    num_classes = len(task.classes)
+    passes = test.rows(task.features, task.device).passes(test.chosen, block_rows(num_classes, task.device))
+    counts = count(passes, linears, num_classes + len(test.unseen))
+    return [float(one.overall()["acc1"] or 0) for one in counts], int(counts[0].support.sum())
+
+
+def _zero_shot(
+    task: Task,
+    test: TestRows,
+    names: Sequence[str],
+    templates: Sequence[str],
+    model: ModelSpec | None,
+    precision: str,
+) -> float:
+    """Top-1 accuracy of the nearest class prompt among the probe's classes: it is a linear classifier, too."""
+    # Here, since loading open_clip takes longer than training does, and only names need it.
+    from clipindex.encode import TextTower
+    from clipindex.models import load_model
+
+    loaded = load_model(model or task.model.spec)
+    check_fingerprint(task.folder, task.model, loaded.info)
+    tower = TextTower(loaded, device=task.device, precision=choose_precision(precision, task.device))
+    weights = torch.from_numpy(embed_classes(tower, names, templates)).to(task.device) * task.model.logit_scale
+    num_classes = len(task.classes)
+    passes = test.rows("normalized", task.device).passes(test.chosen, block_rows(num_classes, task.device))
+    (counts,) = count(passes, [(weights, weights.new_zeros(num_classes))], num_classes + len(test.unseen))
+    return float(counts.overall()["acc1"] or 0)

@@ -1,0 +1,303 @@
+"""Labelled rows of embedding directories, as blocks of features: held in memory where they fit, else read each time.
+
+Labels are kept in any case, eight bytes a row; an embedding of 512 half floats is 1 KiB.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from clipindex.errors import ClassesError, StoreError, UsageError
+from clipindex.logistic import Block, Passes
+from clipindex.store import DTYPES, EmbeddingBatch, read_columns, read_dataset, read_embeddings
+from clipindex.threads import prefetch
+
+Ids = npt.NDArray[np.int64]
+
+FEATURES = ("raw", "normalized")
+"""What a probe sees of a row: the encoder's output as it was, or brought to unit length."""
+LABEL_COLUMN = "label"
+
+_BATCHES_AHEAD = 2
+_MEMORY_SHARE = 4
+"""A quarter of the machine's memory may hold embeddings, unless the user says otherwise."""
+_HELD_COPIES_BYTES = 2
+"""Of each component: in bfloat16, beside the stored type."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Labels:
+    """The labels of a directory, shard by shard in name order."""
+
+    folder: Path
+    shards: tuple[str, ...]
+    labels: Ids
+    """[rows], 0 where there is none."""
+    is_labelled: npt.NDArray[np.bool_]
+    """[rows]."""
+
+    @property
+    def left_out(self) -> int:
+        """Rows without a label."""
+        return int((~self.is_labelled).sum())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """Rows of one directory that are taken, with their classes."""
+
+    folder: Path
+    shards: tuple[str, ...]
+    class_ids: Ids
+    """For each row of these shards, -1 where it is not taken."""
+
+
+def read_all_labels(folder: str | Path, column: str = LABEL_COLUMN) -> Labels:
+    """The labels of a directory.
+
+    Raises:
+        UsageError: There is no such column of labels.
+        ClassesError: No row has one.
+        StoreError: A file is damaged.
+    """
+    if column != LABEL_COLUMN:
+        raise UsageError(f"--label {column}: the column of class labels is {LABEL_COLUMN!r}")
+    folder = Path(folder)
+    read_dataset(folder)
+    shards: dict[str, None] = {}
+    labels, masks = [np.empty(0, np.int64)], [np.empty(0, np.bool_)]
+    for name, columns in read_columns(folder, ("label",)):
+        column_labels = columns["label"]
+        shards[name] = None
+        labels.append(column_labels.fill_null(0).to_numpy().astype(np.int64))
+        masks.append(np.asarray(column_labels.is_valid()))
+    found = Labels(
+        folder=folder,
+        shards=tuple(shards),
+        labels=np.concatenate(labels),
+        is_labelled=np.concatenate(masks).astype(np.bool_),
+    )
+    if not found.is_labelled.any():
+        raise ClassesError(
+            f"{folder}: none of {len(found.labels):,} rows has a label; a probe learns from labels, which come from"
+            " the .cls members of the tars"
+        )
+    return found
+
+
+def find_classes(labels: Labels) -> tuple[int, ...]:
+    """The labels that occur, ascending.
+
+    Raises:
+        ClassesError: There are fewer than two.
+    """
+    values = np.unique(labels.labels[labels.is_labelled])
+    if len(values) < 2:
+        raise ClassesError(
+            f"{labels.folder}: all labelled rows have label {values[0]}; a probe tells two or more apart"
+        )
+    return tuple(values.tolist())
+
+
+def take_part(labels: Labels, classes: Sequence[int]) -> tuple[Part, dict[int, int]]:
+    """All labelled rows of a directory, and how many have which label that is none of `classes`.
+
+    Those have class ids from `len(classes)` on, in the order of their labels.
+    """
+    known = np.asarray(classes, np.int64)
+    present, counts = np.unique(labels.labels[labels.is_labelled], return_counts=True)
+    is_unseen = ~np.isin(present, known)
+    unseen = dict(zip(present[is_unseen].tolist(), counts[is_unseen].tolist(), strict=True))
+    values = np.concatenate([known, present[is_unseen]])
+    order = np.argsort(values)
+    ids = order[np.searchsorted(values[order], np.where(labels.is_labelled, labels.labels, values[0]))]
+    part = Part(
+        folder=labels.folder, shards=labels.shards, class_ids=np.where(labels.is_labelled, ids, -1).astype(np.int64)
+    )
+    return part, unseen
+
+
+class Streamed:
+    """Rows that are read from Parquet in each pass.
+
+    Args:
+        parts: Which, of directories with one number of dimensions.
+        features: One of `FEATURES`.
+        device: Where blocks go.
+    """
+
+    def __init__(self, parts: Sequence[Part], features: str, device: torch.device) -> None:
+        assert features in FEATURES
+        self.class_ids: Ids = np.concatenate([part.class_ids[part.class_ids >= 0] for part in parts])
+        self.dim = read_dataset(parts[0].folder).model.dim
+        self._parts = parts
+        self._features = features
+        self._device = device
+
+    @property
+    def held_bytes(self) -> int:
+        """What `hold` and the copy of `logistic.Problem` would take."""
+        widest = max(np.dtype(read_dataset(part.folder).dtype).itemsize for part in self._parts)
+        return len(self.class_ids) * self.dim * (widest + _HELD_COPIES_BYTES)
+
+    def passes(self, chosen: Ids | None = None, at_once: int = 2048) -> Passes:
+        """Passes over rows, or over those whose numbers among them are `chosen`, ascending."""
+
+        def blocks() -> Iterator[Block]:
+            for embedding, norm, ids in self._read(chosen):
+                for first in range(0, len(ids), at_once):
+                    rows = slice(first, first + at_once)
+                    scale = None if norm is None else norm[rows].to(self._device)
+                    yield Block(embedding[rows].to(self._device), scale, ids[rows].to(self._device))
+
+        return blocks
+
+    def hold(self, chosen: Ids | None = None) -> "Held":
+        """Read rows into memory, in the type in which they are stored."""
+        class_ids = self.class_ids if chosen is None else self.class_ids[chosen]
+        held = _empty_held(self._parts, self.dim, class_ids, self._features, self._device)
+        at = 0
+        for embedding, norm, _ in self._read(chosen):
+            rows = slice(at, at + len(embedding))
+            held.embedding[rows] = embedding.to(self._device)
+            if held.norm is not None and norm is not None:
+                held.norm[rows] = norm.to(self._device)
+            at = rows.stop
+        pa.default_memory_pool().release_unused()  # Arrow would keep as much as the rows take, for its next reading
+        return held
+
+    def _read(self, chosen: Ids | None) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+        """Stored embeddings [n, D], norms [n] for raw features, class ids [n]."""
+        is_chosen: npt.NDArray[np.bool_] | None = None
+        if chosen is not None:
+            is_chosen = np.zeros(len(self.class_ids), np.bool_)
+            is_chosen[chosen] = True
+        columns = ("norm",) if self._features == "raw" else ()
+        taken = 0
+        for part in self._parts:
+            row = 0
+            batches = prefetch(read_embeddings(part.folder, columns, part.shards), _BATCHES_AHEAD)
+            with contextlib.closing(batches):
+                for batch in batches:
+                    ids = part.class_ids[row : row + len(batch.embedding)]
+                    row += len(batch.embedding)
+                    wanted = np.flatnonzero(ids >= 0)
+                    taken += len(wanted)
+                    if is_chosen is not None:
+                        wanted = wanted[is_chosen[taken - len(wanted) : taken]]
+                    if len(ids) < len(batch.embedding):
+                        break
+                    if len(wanted):
+                        yield (*_values(batch, wanted, part.folder), torch.from_numpy(ids[wanted]))
+            if row != len(part.class_ids):
+                raise StoreError(f"{part.folder} changed while it was read; run again when nothing writes to it")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Held:
+    """Rows in the memory of a device."""
+
+    embedding: torch.Tensor
+    """[n, D], as stored."""
+    norm: torch.Tensor | None
+    """Float32 [n], for raw features."""
+    labels: torch.Tensor
+    """Class ids, int64 [n]."""
+    class_ids: Ids
+    """The same in NumPy."""
+
+    def passes(self, chosen: Ids | None = None, at_once: int = 2048) -> Passes:
+        """Passes over rows, or over those whose numbers are `chosen`, ascending."""
+        device = self.embedding.device
+        numbers = None if chosen is None else torch.from_numpy(chosen).to(device)
+        count = len(self.labels) if numbers is None else len(numbers)
+
+        def blocks() -> Iterator[Block]:
+            for first in range(0, count, at_once):
+                rows: Any = slice(first, first + at_once) if numbers is None else numbers[first : first + at_once]
+                yield Block(self.embedding[rows], None if self.norm is None else self.norm[rows], self.labels[rows])
+
+        return blocks
+
+
+Rows = Streamed | Held
+
+
+def hold_if_fits(rows: Streamed, memory_bytes: int | None, device: torch.device) -> Rows:
+    """The rows in memory, where they and the solver's copy of them fit into what may be used.
+
+    Args:
+        rows: The rows.
+        memory_bytes: What may be used; by default a quarter of the machine's memory, or two thirds of what is free on a
+            CUDA device.
+        device: Where they go.
+    """
+    return rows.hold() if rows.held_bytes <= (memory_bytes or usable_bytes(device)) else rows
+
+
+def usable_bytes(device: torch.device) -> int:
+    """Memory that embeddings may take, by default."""
+    if device.type == "cuda":
+        return 2 * torch.cuda.mem_get_info(device)[0] // 3
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _MEMORY_SHARE
+
+
+def random_ranks(class_ids: Ids, seed: int) -> Ids:
+    """The place of each row among those of its class, which are shuffled: what all draws of rows are made with."""
+    order = np.lexsort((np.random.default_rng(seed).random(len(class_ids)), class_ids))
+    counts = np.bincount(class_ids)
+    ranks = np.empty(len(class_ids), np.int64)
+    ranks[order] = np.arange(len(class_ids)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return ranks
+
+
+def split(class_ids: Ids, fraction: float, seed: int) -> tuple[Ids, Ids]:
+    """Row numbers that stay and that are held out: of each class the same fraction, rounded, and never all of it.
+
+    Raises:
+        ClassesError: No class has rows enough to hold one out.
+    """
+    counts = np.bincount(class_ids)
+    out = np.minimum(np.round(counts * fraction), np.maximum(counts - 1, 0)).astype(np.int64)
+    is_out = random_ranks(class_ids, seed) < out[class_ids]
+    if not is_out.any():
+        raise ClassesError(
+            f"{len(class_ids):,} rows of {len(counts)} classes are too few to hold {fraction:g} of each class out"
+        )
+    return np.flatnonzero(~is_out), np.flatnonzero(is_out)
+
+
+def _empty_held(parts: Sequence[Part], dim: int, class_ids: Ids, features: str, device: torch.device) -> Held:
+    stored = [DTYPES.index(read_dataset(part.folder).dtype) for part in parts]
+    dtype = (torch.float16, torch.float32)[max(stored)]
+    return Held(
+        embedding=torch.empty(len(class_ids), dim, dtype=dtype, device=device),
+        norm=torch.empty(len(class_ids), device=device) if features == "raw" else None,
+        labels=torch.from_numpy(class_ids).to(device),
+        class_ids=class_ids,
+    )
+
+
+def _values(batch: EmbeddingBatch, wanted: Ids, folder: Path) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Embeddings and norms of some rows of a batch; refuses what is no number."""
+    embedding = batch.embedding if len(wanted) == len(batch.embedding) else batch.embedding[wanted]
+    norm = batch.columns["norm"].to_numpy()[wanted] if "norm" in batch.columns else None
+    sums = torch.from_numpy(embedding).sum(1, dtype=torch.float32)
+    if norm is not None:
+        sums = sums * torch.from_numpy(norm)
+    wrong = torch.nonzero(~torch.isfinite(sums))
+    if len(wrong):
+        row = batch.first_row + int(wanted[int(wrong[0, 0])])
+        raise StoreError(
+            f"{folder}/embeddings/{batch.shard.name}.parquet: row {row} is not a number; delete the file and embed its"
+            " tar again"
+        )
+    return torch.from_numpy(embedding), None if norm is None else torch.from_numpy(norm)

@@ -1,0 +1,222 @@
+"""Training a probe on a directory's embeddings."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipindex.errors import UsageError
+from clipindex.logistic import block_rows, fit
+from clipindex.probing.adamw import search_decay, train_adamw
+from clipindex.probing.evaluation import Evaluation, count, summarise
+from clipindex.probing.probe import Probe, write_probe
+from clipindex.probing.protocols import PROTOCOLS, README_C, Setting, describe_search, name_protocol, pose, search_c
+from clipindex.probing.rows import Held, Ids, Rows, hold_if_fits, split, usable_bytes
+from clipindex.probing.task import Task, TestRows, pose_task
+
+SPLIT = 0.2
+"""Fraction of the training rows that a search validates on; the protocols leave it open."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSummary:
+    """What a training gave; probe.json holds the same."""
+
+    out: str
+    """Where the probe lies."""
+    protocol: str
+    c: float | None
+    features: str
+    classes: int
+    rows: int
+    """Labelled, that were learned from."""
+    left_out: int
+    """Rows of the directory without a label."""
+    training: dict[str, Any]
+    test: Evaluation | None
+    """On held-out rows; None where there were none."""
+    seconds: float
+    """From the first read to the trained weights."""
+
+
+def train_probe(
+    folder: str | Path,
+    *,
+    label: str = "label",
+    c: float | None = README_C,
+    protocol: str | None = None,
+    features: str | None = None,
+    test: str | Path | None = None,
+    held_out: float | None = None,
+    balanced: bool = False,
+    seed: int = 0,
+    names: str | Path | Sequence[str] | None = None,
+    out: str | Path | None = None,
+    device: str = "auto",
+    memory_bytes: int | None = None,
+    on_progress: Callable[[str], None] = lambda note: None,
+) -> TrainSummary:
+    """Train a linear classifier on a directory's embeddings and labels, and measure it on held-out rows.
+
+    Args:
+        folder: The embedding directory.
+        label: The column of labels.
+        c: scikit-learn's C, the inverse of the regularisation; None to search it as CLIP's appendix A.3 does.
+        protocol: 'clip-benchmark' for that recipe, which knows no C; otherwise it follows from `c`.
+        features: 'raw' (as in the README of CLIP, and by default) or 'normalized' (as in CLIP_benchmark).
+        test: Another directory of the same model, to test on.
+        held_out: Or a fraction of each class of this one.
+        balanced: Whether classes count alike, however many rows they have.
+        seed: Of what is drawn: held-out rows, validation rows, AdamW's order.
+        names: Class names, or a file with one a line, whose place is the label.
+        out: Where the probe goes; `folder`/probe by default.
+        device: 'auto', 'cpu', 'cuda' or 'cuda:N'.
+        memory_bytes: What embeddings may take; see `rows.hold_if_fits`. What does not fit is read in each pass.
+        on_progress: Called now and then with what is being done.
+
+    Raises:
+        UsageError: Options contradict each other.
+        ClassesError: Labels or names cannot define a probe.
+        FingerprintError: `test` is of another model.
+        StoreError: A file is damaged.
+    """
+    started = time.perf_counter()
+    if c is not None and not 0 < c < float("inf"):
+        raise UsageError(f"c {c:g}: give a positive number, or auto")
+    uses_adamw = protocol == "clip-benchmark"
+    if features is None:
+        features = "normalized" if uses_adamw else "raw"
+    task = pose_task(
+        folder, label=label, features=features, test=test, held_out=held_out, seed=seed, names=names, device=device
+    )
+    rows = hold_if_fits(task.rows, memory_bytes, task.device)
+    if uses_adamw:
+        if balanced:
+            raise UsageError("CLIP_benchmark's probe does not balance classes")
+        if not isinstance(rows, Held):
+            usable = memory_bytes or usable_bytes(task.device)
+            raise UsageError(
+                "CLIP_benchmark's probe draws rows at random, so they must fit into memory: they take"
+                f" {task.rows.held_bytes / 2**30:.3g} GiB, and {usable / 2**30:.3g} may be used; --memory says how much"
+            )
+        probe = _train_adamw(task, rows, seed, on_progress)
+    else:
+        probe = _train_logistic(task, rows, c, balanced, seed, on_progress)
+    seconds = time.perf_counter() - started
+    evaluation = None if task.test is None else _test(task, task.test, rows, probe)
+    target = Path(out) if out is not None else task.folder / "probe"
+    if evaluation is not None and task.test is not None:
+        probe = replace(probe, metrics={"source": task.test.source, **asdict(evaluation)})
+    write_probe(target, probe)
+    return TrainSummary(
+        out=str(target),
+        protocol=probe.protocol,
+        c=probe.c,
+        features=features,
+        classes=len(task.classes),
+        rows=len(task.training),
+        left_out=task.left_out,
+        training=probe.training,
+        test=evaluation,
+        seconds=round(seconds, 3),
+    )
+
+
+def _train_logistic(
+    task: Task, rows: Rows, c: float | None, balanced: bool, seed: int, on_progress: Callable[[str], None]
+) -> Probe:
+    setting = Setting(
+        num_classes=len(task.classes),
+        balanced=balanced,
+        low=task.low,
+        hold=isinstance(rows, Held),
+        device=task.device,
+        on_pass=on_progress,
+    )
+    found: dict[str, Any] = {}
+    start = None
+    if c is None:
+        training, validation = _validation(rows, task.training, seed)
+        start, trials = search_c(rows, training, validation, setting)
+        c, found = start.c, {"validation_rows": len(validation), "search": describe_search(trials)}
+    problem = pose(rows, task.training, setting)
+    on_progress("fit")
+    done = fit(problem, c, start=start, on_pass=lambda: on_progress(f"fit, C {c:.4g}"))
+    training_record = {
+        **_common(task, seed),
+        **found,
+        "balanced": balanced,
+        "objective": done.objective,
+        "largest_gradient": done.gradient,
+        "passes": done.passes,
+        "converged": done.converged,
+        "in_memory": isinstance(rows, Held),
+    }
+    name = "clip-a3" if found else name_protocol(c, task.features)
+    return _probe(task, name, c, training_record, done.weights, done.intercept)
+
+
+def _train_adamw(task: Task, rows: Held, seed: int, on_progress: Callable[[str], None]) -> Probe:
+    num_classes = len(task.classes)
+    epochs = 0
+
+    def on_epoch() -> None:
+        nonlocal epochs
+        epochs += 1
+        on_progress(f"{epochs:,} epochs")
+
+    training, validation = _validation(rows, task.training, seed)
+    decay, trials = search_decay(rows, training, validation, num_classes, seed, on_epoch)
+    weights, intercept = train_adamw(rows, task.training, num_classes, decay, seed, on_epoch)
+    record = {
+        **_common(task, seed),
+        "validation_rows": len(validation),
+        "weight_decay": decay,
+        "search": describe_search(trials),
+    }
+    return _probe(task, "clip-benchmark", None, record, weights, intercept)
+
+
+def _probe(
+    task: Task, protocol: str, c: float | None, training: dict[str, Any], weights: torch.Tensor, intercept: torch.Tensor
+) -> Probe:
+    return Probe(
+        model=task.model,
+        features=task.features,
+        classes=task.classes,
+        names=task.names,
+        protocol=protocol,
+        c=c,
+        training={"recipe": PROTOCOLS[protocol], **training},
+        metrics=None,
+        weights=weights,
+        intercept=intercept,
+    )
+
+
+def _validation(rows: Rows, training: Ids, seed: int) -> tuple[Ids, Ids]:
+    kept, out = split(rows.class_ids[training], SPLIT, seed)
+    return training[kept], training[out]
+
+
+def _test(task: Task, test: TestRows, rows: Rows, probe: Probe) -> Evaluation:
+    # Rows held out of the directory itself may be in memory already.
+    source = rows if test.chosen is not None else test.rows(task.features, task.device)
+    num_classes = len(task.classes)
+    passes = source.passes(test.chosen, block_rows(num_classes, task.device))
+    (counts,) = count(passes, [(probe.weights, probe.intercept)], num_classes + len(test.unseen))
+    return summarise(counts, task.classes, task.names, test.unseen, test.left_out)
+
+
+def _common(task: Task, seed: int) -> dict[str, Any]:
+    return {
+        "folder": str(task.folder),
+        "rows": len(task.training),
+        "left_out": task.left_out,
+        "seed": seed,
+        "device": str(task.device),
+        "low_precision": str(task.low) if task.low else None,
+    }
