@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from clipindex.version import __version__
 
 if TYPE_CHECKING:
+    from clipindex.caption_retrieval import RetrievalSummary, measure_retrieval
     from clipindex.embed_job import EmbedSummary, embed
     from clipindex.errors import ClipindexError
     from clipindex.exchange import ExportSummary, ImportSummary, export_embeddings, import_embeddings
@@ -38,6 +39,7 @@ _HOMES = {
     "ModelSpec": "types",
     "PackSummary": "packing",
     "Query": "retrieval",
+    "RetrievalSummary": "caption_retrieval",
     "VerifySummary": "verification",
     "build_classifier": "zeroshot",
     "build_index": "index_job",
@@ -48,6 +50,7 @@ _HOMES = {
     "import_embeddings": "exchange",
     "list_shards": "shards",
     "load_model": "models",
+    "measure_retrieval": "caption_retrieval",
     "pack": "packing",
     "read_dataset": "store",
     "read_embeddings": "store",
@@ -70,6 +73,7 @@ __all__ = [
     "ModelSpec",
     "PackSummary",
     "Query",
+    "RetrievalSummary",
     "VerifySummary",
     "__version__",
     "build_classifier",
@@ -81,6 +85,7 @@ __all__ = [
     "import_embeddings",
     "list_shards",
     "load_model",
+    "measure_retrieval",
     "pack",
     "read_dataset",
     "read_embeddings",

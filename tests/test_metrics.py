@@ -1,8 +1,10 @@
+import itertools
+
 import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
-from clipindex.metrics import ClassificationCounts
+from clipindex.metrics import ClassificationCounts, retrieval_recall
 
 
 @pytest.mark.parametrize("num_classes", [6, 40])
@@ -30,3 +32,13 @@ def test_no_acc5_below_five_classes_and_nothing_without_labels():
     assert counts.overall()["acc1"] is None
     counts.add(np.array([0, 1]), np.array([[0, 1, 2], [2, 1, 0]], np.int32))
     assert counts.overall() == {"labelled": 2, "acc1": 0.5, "acc5": None, "mean_per_class_recall": 0.5}
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 6, 9])
+def test_answers_of_one_cosine_count_as_the_mean_over_their_orders(k):
+    queries = [(0, 1, 1), (2, 1, 1), (1, 4, 1), (0, 5, 3), (2, 3, 2), (7, 2, 1)]  # above, level, right
+    shares = []
+    for above, level, right in queries:
+        orders = list(itertools.permutations([True] * right + [False] * (level - right)))
+        shares.append(np.mean([any(([False] * above + list(order))[:k]) for order in orders]))
+    assert retrieval_recall(*np.array(queries).T, k) == pytest.approx(np.mean(shares))

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from clipindex.cli import bench, classify, demo, embed, exporting, importing, index, pack, search, verify
+from clipindex.cli import bench, classify, demo, embed, exporting, importing, index, pack, retrieval, search, verify
 from clipindex.errors import ClipindexError, UsageError
 from clipindex.version import __version__
 
@@ -110,6 +110,7 @@ for command in (
     classify.classify,
     index.index,
     search.search,
+    retrieval.retrieval,
     importing.import_embeddings,
     exporting.export_embeddings,
     demo.demo,
