@@ -3,8 +3,8 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clipindex.agreement import Agreement, measure_agreement
 from clipindex.atomic import atomic_write, remove_stale_temporaries
 from clipindex.decode import decode_image
-from clipindex.devices import choose_devices, choose_precision
+from clipindex.devices import choose_device, choose_devices, choose_precision
 from clipindex.encode import ImageTower, TextTower
 from clipindex.errors import ClassesError, SampleError, SourceError, UsageError
+from clipindex.index.approximate import approximate_index, scan_approximately
 from clipindex.index.exact import Neighbours, flat_index, scan
 from clipindex.metrics import ClassificationCounts
 from clipindex.models import LoadedModel, load_model
 from clipindex.prompts import check_classes, check_templates, embed_classes, read_classes, read_templates
+from clipindex.recall import draw_rows, read_drawn
 from clipindex.store import (
     AtomicParquet,
     EmbeddingBatch,
     check_cosines,
     check_fingerprint,
+    published_shards,
     read_columns,
     read_dataset,
     read_embeddings,
@@ -35,6 +39,10 @@ from clipindex.types import Float32Array, ModelInfo, ModelSpec
 
 NUM_RANKED = 5
 """Neighbours that acc5 needs, however few are written."""
+SCORES_AT_ONCE = 1 << 29
+"""Of rows with classes, between two reports of progress: some seconds of a core."""
+AGREEMENT_ROWS = 1000
+"""On which approximate classification is compared with exact; a share of 0.99 is then known to 0.003."""
 METRICS_FILE = "metrics.json"
 
 
@@ -59,6 +67,8 @@ class ClassifySummary:
     seconds: float
     """Reading, search and writing; loading the model and embedding the prompts apart."""
     images_per_s: float
+    agreement: Agreement | None = None
+    """With exact classification, where this one was approximate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,22 +83,36 @@ class ImagePrediction:
 
 
 class ZeroShotClassifier:
-    """Class names, an index of their vectors, and how the model turns cosines into probabilities."""
+    """Class names, an index of their vectors, and how the model turns cosines into probabilities.
 
-    def __init__(self, classes: Sequence[str], vectors: Float32Array, model: ModelInfo) -> None:
+    Args:
+        classes: Their names.
+        vectors: Unit vectors [C, D].
+        model: That made them.
+        approximate: Predict by `index.approximate` in place of `index.exact`.
+    """
+
+    def __init__(
+        self, classes: Sequence[str], vectors: Float32Array, model: ModelInfo, *, approximate: bool = False
+    ) -> None:
         self.classes = list(classes)
         self.model = model
         self.index = flat_index(vectors)
+        self.approximate = approximate_index(self.index) if approximate else None
 
     def predict(self, embeddings: np.ndarray[Any, Any], k: int) -> Neighbours:
         """The `k` best classes, at most C, of unit embeddings [n, D] of any float type."""
-        return scan(
-            self.index,
-            embeddings,
-            k,
-            logit_scale=self.model.logit_scale,
-            logit_bias=self.model.logit_bias,
-        )
+        scale, bias = self.model.logit_scale, self.model.logit_bias
+        if self.approximate is not None:
+            return scan_approximately(self.approximate, embeddings, k, logit_scale=scale, logit_bias=bias)
+        return scan(self.index, embeddings, k, logit_scale=scale, logit_bias=bias)
+
+    def agreement(self, embeddings: np.ndarray[Any, Any], k: int) -> Agreement | None:
+        """With exact classification of unit embeddings [n, D]; None where it is exact, or n is 0."""
+        scale, bias = self.model.logit_scale, self.model.logit_bias
+        if self.approximate is None:
+            return None
+        return measure_agreement(self.approximate, embeddings, k, logit_scale=scale, logit_bias=bias)
 
 
 def build_classifier(
@@ -98,6 +122,7 @@ def build_classifier(
     *,
     device: str = "auto",
     precision: str = "auto",
+    approximate: bool = False,
     on_classes: Callable[[int], None] = lambda num_classes: None,
 ) -> ZeroShotClassifier:
     """Embed class prompts with a model's text tower.
@@ -108,17 +133,24 @@ def build_classifier(
         templates: Prompt templates with `{c}`.
         device: Where to run it.
         precision: As in `embed_job.embed`.
+        approximate: See `classify`.
         on_classes: Called with the number of classes embedded so far.
 
     Raises:
+        UsageError: Approximate, and this CPU does not multiply bf16.
         ClassesError: Names or templates cannot define a classifier.
         ModelError: The model's tokenizer cannot be had.
     """
     check_classes(classes, "classes")
     check_templates(templates, "templates")
+    if approximate and choose_precision("auto", choose_device("cpu")) != "bf16":
+        raise UsageError(
+            "this CPU has no bf16 instructions, without which approximate is slower than exact: leave it out"
+        )
     chosen = choose_devices(device)[0]
     tower = TextTower(loaded, device=chosen, precision=choose_precision(precision, chosen))
-    return ZeroShotClassifier(classes, embed_classes(tower, classes, templates, on_classes), loaded.info)
+    vectors = embed_classes(tower, classes, templates, on_classes)
+    return ZeroShotClassifier(classes, vectors, loaded.info, approximate=approximate)
 
 
 def classify(
@@ -132,6 +164,7 @@ def classify(
     out: str | Path | None = None,
     device: str = "auto",
     precision: str = "auto",
+    approximate: bool = False,
     on_classes: Callable[[int], None] = lambda num_classes: None,
     on_progress: Callable[[int], None] = lambda num_rows: None,
 ) -> ClassifySummary:
@@ -147,6 +180,9 @@ def classify(
         out: Where predictions go; `folder`/predictions by default. An earlier run's are replaced.
         device: Where to run the text tower.
         precision: Of the text tower.
+        approximate: For tens of thousands of classes and more: find the best by a bf16 product, and measure how far
+            that agrees with exact classification. Cosines are exact; probabilities are over all classes, those of the
+            best from exact cosines, the rest of the sum from bf16 ones.
         on_classes: Called with the number of classes whose prompts are embedded.
         on_progress: Called with the number of rows classified.
 
@@ -169,9 +205,11 @@ def classify(
     prompts = read_templates(templates) if isinstance(templates, str | Path) else templates
     loaded = load_model(model or dataset.model.spec)
     check_fingerprint(folder, dataset.model, loaded.info)
-    classifier = build_classifier(loaded, names, prompts, device=device, precision=precision, on_classes=on_classes)
+    where: dict[str, Any] = {"device": device, "precision": precision, "approximate": approximate}
+    classifier = build_classifier(loaded, names, prompts, on_classes=on_classes, **where)
     counts = ClassificationCounts(len(names))
     _check_labels(folder, shards, len(names))
+    agreement = classifier.agreement(_sample(folder, shards), max(top, NUM_RANKED)) if approximate else None
     for path in earlier:
         path.unlink()
     remove_stale_temporaries(target)
@@ -196,6 +234,7 @@ def classify(
         ],
         seconds=round(seconds, 3),
         images_per_s=round(rows / seconds, 1),
+        agreement=agreement,
     )
     document = {**asdict(summary), "prompts": list(prompts), "shards": written}
     with atomic_write(target / METRICS_FILE) as file:
@@ -269,7 +308,8 @@ def predict_directory(
     """
     rows = 0
     names = pa.array(classifier.classes, pa.string())
-    batches = read_embeddings(folder, ("key", "label"), shards)
+    at_once = max(1, SCORES_AT_ONCE // len(names))
+    batches = _pieces(read_embeddings(folder, ("key", "label"), shards), at_once)
 
     def search(batch: EmbeddingBatch) -> tuple[EmbeddingBatch, Neighbours, pa.Table]:
         neighbours = classifier.predict(batch.embedding, max(top, NUM_RANKED))
@@ -288,6 +328,22 @@ def predict_directory(
             rows += len(neighbours.ids)
             on_progress(rows)
     return writer.shards, rows
+
+
+def _pieces(batches: Iterable[EmbeddingBatch], rows: int) -> Iterator[EmbeddingBatch]:
+    """The same rows, so many at most at once."""
+    for batch in batches:
+        for first in range(0, len(batch.embedding), rows):
+            columns = {name: column.slice(first, rows) for name, column in batch.columns.items()}
+            part = batch.embedding[first : first + rows]
+            yield replace(batch, first_row=batch.first_row + first, embedding=part, columns=columns)
+
+
+def _sample(folder: Path, shards: Sequence[str] | None) -> np.ndarray[Any, Any]:
+    """Vectors [n, D] of rows drawn evenly."""
+    sizes = {name: record.rows for name, record in published_shards(folder).items() if shards is None or name in shards}
+    drawn = draw_rows(sizes, AGREEMENT_ROWS, seed=0)
+    return read_drawn(folder, drawn) if drawn else np.empty((0, read_dataset(folder).model.dim), np.float32)
 
 
 def _check_labels(folder: Path, shards: Sequence[str] | None, num_classes: int) -> None:

@@ -14,8 +14,8 @@ SCAN_ROWS = 512
 """Queries a block of a scan: their scores against 1,000 vectors are 2 MB. Fewer pay for the interpreter, more for the
 cache."""
 SCAN_SCORES = 1 << 26
-"""Scores a block at most, 256 MiB: a million vectors are met by 67 queries at once, which is as fast as 512. A quarter of
-that costs a third of the speed, since fewer queries do not make up for reading all vectors."""
+"""Scores a block at most, 256 MiB: a million vectors are met by 67 queries at once, which is as fast as 512. A quarter
+of that costs a third of the speed, since fewer queries do not make up for reading all vectors."""
 UNIT_TOLERANCE = 1e-3
 """Of a vector's length; float16 storage moves it by less."""
 
