@@ -98,4 +98,7 @@ def test_agreement_tells_an_index_of_other_vectors_from_its_own():
     other = index._replace(centred=index.centred.flip(0))
     bad = measure_agreement(other, queries, 5, logit_scale=60.0, logit_bias=None)
     assert bad.same_top1 < 0.1 and bad.same_top_k < 0.1
+    twins = approximate_index(flat_index(np.repeat(vectors[:1000], 5, axis=0)))
+    same = measure_agreement(twins, queries, 5, logit_scale=60.0, logit_bias=None)
+    assert same.same_top1 > 0.99 and same.same_top_k > 0.95  # whichever of five it is
     assert measure_agreement(index, queries[:0], 5, logit_scale=60.0, logit_bias=None) is None
