@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clipindex.agreement import Agreement, measure_agreement
 from clipindex.atomic import atomic_write, remove_stale_temporaries
@@ -22,10 +21,10 @@ from clipindex.index.approximate import approximate_index, scan_approximately
 from clipindex.index.exact import Neighbours, flat_index, scan
 from clipindex.metrics import ClassificationCounts
 from clipindex.models import LoadedModel, load_model
+from clipindex.predictions import METRICS_FILE, PredictionWriter, earlier_predictions, prediction_table
 from clipindex.prompts import check_classes, check_templates, embed_classes, read_classes, read_templates
 from clipindex.recall import draw_rows, read_drawn
 from clipindex.store import (
-    AtomicParquet,
     EmbeddingBatch,
     check_cosines,
     check_fingerprint,
@@ -43,7 +42,6 @@ SCORES_AT_ONCE = 1 << 29
 """Of rows with classes, between two reports of progress: some seconds of a core."""
 AGREEMENT_ROWS = 1000
 """On which approximate classification is compared with exact; a share of 0.99 is then known to 0.003."""
-METRICS_FILE = "metrics.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -200,7 +198,7 @@ def classify(
     folder = Path(folder)
     dataset = read_dataset(folder)
     target = Path(out) if out is not None else folder / "predictions"
-    earlier = _earlier_predictions(target)
+    earlier = earlier_predictions(target)
     names = read_classes(classes) if isinstance(classes, str | Path) else classes
     prompts = read_templates(templates) if isinstance(templates, str | Path) else templates
     loaded = load_model(model or dataset.model.spec)
@@ -314,11 +312,11 @@ def predict_directory(
     def search(batch: EmbeddingBatch) -> tuple[EmbeddingBatch, Neighbours, pa.Table]:
         neighbours = classifier.predict(batch.embedding, max(top, NUM_RANKED))
         check_cosines(batch, neighbours.cosines)
-        return batch, neighbours, _table(batch, neighbours, names, top)
+        return batch, neighbours, prediction_table(batch, neighbours, names, top)
 
     with (
         contextlib.closing(map_in_order(search, batches, num_cores())) as found,
-        _PredictionWriter(target) as writer,
+        PredictionWriter(target) as writer,
     ):
         for batch, neighbours, table in found:
             labels = batch.columns["label"]
@@ -356,83 +354,3 @@ def _check_labels(folder: Path, shards: Sequence[str] | None, num_classes: int) 
                 f"label {values[beyond[0]]} of key {keys[int(beyond[0])].as_py()!r} (shard {name}) is beyond the"
                 f" {num_classes} classes (ids 0 to {num_classes - 1}); give the class file that the labels count in"
             )
-
-
-def _table(batch: EmbeddingBatch, found: Neighbours, names: pa.StringArray, top: int) -> pa.Table:
-    top = min(top, len(names))
-    ids, cosines, probabilities = (pa.array(np.ascontiguousarray(field[:, :top]).reshape(-1)) for field in found)
-
-    def lists(values: pa.Array) -> pa.Array:
-        return pa.FixedSizeListArray.from_arrays(values, top)
-
-    return pa.table(
-        {
-            "key": batch.columns["key"],
-            "shard": pa.repeat(batch.shard.name, len(found.ids)),
-            "label": batch.columns["label"],
-            "class_id": lists(ids),
-            "class_name": lists(names.take(ids)),
-            "cosine": lists(cosines),
-            "probability": lists(probabilities),
-        }
-    )
-
-
-class _PredictionWriter:
-    """One predictions file a shard, each appearing when its last row is in."""
-
-    def __init__(self, target: Path) -> None:
-        self.shards: list[str] = []
-        self._target = target
-        self._parquet: AtomicParquet | None = None
-
-    def __enter__(self) -> "_PredictionWriter":
-        return self
-
-    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        if error_type is None:
-            self._finish()
-        elif self._parquet is not None:
-            self._parquet.abort()
-
-    def write(self, shard: str, table: pa.Table) -> None:
-        if not self.shards or self.shards[-1] != shard:
-            self._finish()
-            self.shards.append(shard)
-            # Class ids and names repeat; cosines do not, and a dictionary of them takes half of the writing time.
-            repeating = ["shard", "label", "class_id.list.element", "class_name.list.element"]
-            self._parquet = AtomicParquet(
-                self._target / f"{shard}.parquet", table.schema, compression="zstd", use_dictionary=repeating
-            )
-        assert self._parquet is not None
-        self._parquet.write(table)
-
-    def _finish(self) -> None:
-        if self._parquet is not None:
-            self._parquet.commit()
-        self._parquet = None
-
-
-def _earlier_predictions(target: Path) -> list[Path]:
-    """Files of an earlier run, by its own list of them; refuses a folder that holds other Parquet files."""
-    metrics = target / METRICS_FILE
-    listed: list[str] = []
-    if metrics.exists():
-        try:
-            listed = [str(name) for name in json.loads(metrics.read_bytes())["shards"]]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UsageError(f"{metrics} is not of a classification; write predictions elsewhere") from error
-    ours = {target / f"{name}.parquet" for name in listed if "/" not in name}
-    found = sorted(target.glob("[!.]*.parquet"))
-    for path in found:
-        if path not in ours and not _is_prediction(path):
-            raise UsageError(f"{path} was written by no classification; write predictions elsewhere")
-    return [*found, metrics] if metrics.exists() else found
-
-
-def _is_prediction(path: Path) -> bool:
-    """Whether a file has a prediction's columns: a run that was stopped left no list of its own."""
-    try:
-        return {"class_id", "probability"} <= set(pq.read_schema(path).names)
-    except (pa.ArrowException, OSError):
-        return False
