@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from clipindex.version import __version__
 
 if TYPE_CHECKING:
+    from clipindex.caption_retrieval import RetrievalSummary, measure_retrieval
     from clipindex.duplicates import DuplicateSummary, find_duplicates
     from clipindex.embed_job import EmbedSummary, embed
     from clipindex.errors import ClipindexError
@@ -53,6 +54,7 @@ _HOMES = {
     "PackSummary": "packing",
     "Probe": "probing",
     "Query": "retrieval",
+    "RetrievalSummary": "caption_retrieval",
     "TrainSummary": "probing",
     "VerifySummary": "verification",
     "build_classifier": "zeroshot",
@@ -67,6 +69,7 @@ _HOMES = {
     "import_embeddings": "exchange",
     "list_shards": "shards",
     "load_model": "models",
+    "measure_retrieval": "caption_retrieval",
     "pack": "packing",
     "read_dataset": "store",
     "read_embeddings": "store",
@@ -95,6 +98,7 @@ __all__ = [
     "PackSummary",
     "Probe",
     "Query",
+    "RetrievalSummary",
     "TrainSummary",
     "VerifySummary",
     "__version__",
@@ -110,6 +114,7 @@ __all__ = [
     "import_embeddings",
     "list_shards",
     "load_model",
+    "measure_retrieval",
     "pack",
     "read_dataset",
     "read_embeddings",

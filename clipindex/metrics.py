@@ -1,4 +1,6 @@
-"""Classification metrics as CLIP_benchmark defines them (clip_benchmark/metrics/zeroshot_classification.py).
+"""Classification and retrieval metrics as CLIP_benchmark defines them.
+
+They stand in clip_benchmark/metrics/zeroshot_classification.py and zeroshot_retrieval.py.
 
 And what says how far to trust them: confidence intervals, calibration, which classes are taken for which.
 """
@@ -122,3 +124,25 @@ class ClassificationCounts:
             for count, hit, sure in zip(counts, accuracy, confidence, strict=True)
         ]
         return error, bins
+
+
+def retrieval_recall(
+    above: npt.NDArray[np.int64], level: npt.NDArray[np.int64], right: npt.NDArray[np.int64], k: int
+) -> float:
+    """Share of queries with a right answer among their `k` best.
+
+    Of answers with one cosine, any order is as good as another (PyTorch's topk, by which CLIP_benchmark ranks, promises
+    none): this is the mean over all their orders.
+
+    Args:
+        above: Answers [n] that are nearer to the query than its nearest right one.
+        level: Answers [n] as near as that, itself included.
+        right: Of those, how many [n] are right.
+        k: How far down to look.
+    """
+    places = np.clip(k - above, 0, level)
+    missed = np.ones(len(above))
+    for drawn in range(int(places.max(initial=0))):  # without putting back
+        wrong = np.maximum(level - right - drawn, 0) / np.maximum(level - drawn, 1)
+        missed *= np.where(drawn < places, wrong, 1)
+    return float(1 - missed.mean())

@@ -11,7 +11,7 @@ from clipindex.types import Float32Array, TextEncoder
 
 PLACEHOLDER = "{c}"
 TEMPLATE_SETS = ("simple", "imagenet-7", "imagenet-80")
-PROMPTS_AT_ONCE = 4096
+PROMPTS_AT_ONCE = 1024
 """Prompts tokenised and embedded between two reports of progress."""
 
 

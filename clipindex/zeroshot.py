@@ -3,29 +3,32 @@
 import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from clipindex.agreement import Agreement, measure_agreement
 from clipindex.atomic import atomic_write, remove_stale_temporaries
 from clipindex.decode import decode_image
-from clipindex.devices import choose_devices, choose_precision
+from clipindex.devices import choose_device, choose_devices, choose_precision
 from clipindex.encode import ImageTower, TextTower
 from clipindex.errors import ClassesError, SampleError, SourceError, UsageError
+from clipindex.index.approximate import approximate_index, scan_approximately
 from clipindex.index.exact import Neighbours, flat_index, scan
 from clipindex.metrics import ClassificationCounts
 from clipindex.models import LoadedModel, load_model
+from clipindex.predictions import METRICS_FILE, PredictionWriter, earlier_predictions, prediction_table
 from clipindex.prompts import check_classes, check_templates, embed_classes, read_classes, read_templates
+from clipindex.recall import draw_rows, read_drawn
 from clipindex.store import (
-    AtomicParquet,
     EmbeddingBatch,
     check_cosines,
     check_fingerprint,
+    published_shards,
     read_columns,
     read_dataset,
     read_embeddings,
@@ -35,7 +38,10 @@ from clipindex.types import Float32Array, ModelInfo, ModelSpec
 
 NUM_RANKED = 5
 """Neighbours that acc5 needs, however few are written."""
-METRICS_FILE = "metrics.json"
+SCORES_AT_ONCE = 1 << 29
+"""Of rows with classes, between two reports of progress: some seconds of a core."""
+AGREEMENT_ROWS = 1000
+"""On which approximate classification is compared with exact; a share of 0.99 is then known to 0.003."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +65,8 @@ class ClassifySummary:
     seconds: float
     """Reading, search and writing; loading the model and embedding the prompts apart."""
     images_per_s: float
+    agreement: Agreement | None = None
+    """With exact classification, where this one was approximate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,22 +81,36 @@ class ImagePrediction:
 
 
 class ZeroShotClassifier:
-    """Class names, an index of their vectors, and how the model turns cosines into probabilities."""
+    """Class names, an index of their vectors, and how the model turns cosines into probabilities.
 
-    def __init__(self, classes: Sequence[str], vectors: Float32Array, model: ModelInfo) -> None:
+    Args:
+        classes: Their names.
+        vectors: Unit vectors [C, D].
+        model: That made them.
+        approximate: Predict by `index.approximate` in place of `index.exact`.
+    """
+
+    def __init__(
+        self, classes: Sequence[str], vectors: Float32Array, model: ModelInfo, *, approximate: bool = False
+    ) -> None:
         self.classes = list(classes)
         self.model = model
         self.index = flat_index(vectors)
+        self.approximate = approximate_index(self.index) if approximate else None
 
     def predict(self, embeddings: np.ndarray[Any, Any], k: int) -> Neighbours:
         """The `k` best classes, at most C, of unit embeddings [n, D] of any float type."""
-        return scan(
-            self.index,
-            embeddings,
-            k,
-            logit_scale=self.model.logit_scale,
-            logit_bias=self.model.logit_bias,
-        )
+        scale, bias = self.model.logit_scale, self.model.logit_bias
+        if self.approximate is not None:
+            return scan_approximately(self.approximate, embeddings, k, logit_scale=scale, logit_bias=bias)
+        return scan(self.index, embeddings, k, logit_scale=scale, logit_bias=bias)
+
+    def agreement(self, embeddings: np.ndarray[Any, Any], k: int) -> Agreement | None:
+        """With exact classification of unit embeddings [n, D]; None where it is exact, or n is 0."""
+        scale, bias = self.model.logit_scale, self.model.logit_bias
+        if self.approximate is None:
+            return None
+        return measure_agreement(self.approximate, embeddings, k, logit_scale=scale, logit_bias=bias)
 
 
 def build_classifier(
@@ -98,6 +120,7 @@ def build_classifier(
     *,
     device: str = "auto",
     precision: str = "auto",
+    approximate: bool = False,
     on_classes: Callable[[int], None] = lambda num_classes: None,
 ) -> ZeroShotClassifier:
     """Embed class prompts with a model's text tower.
@@ -108,17 +131,24 @@ def build_classifier(
         templates: Prompt templates with `{c}`.
         device: Where to run it.
         precision: As in `embed_job.embed`.
+        approximate: See `classify`.
         on_classes: Called with the number of classes embedded so far.
 
     Raises:
+        UsageError: Approximate, and this CPU does not multiply bf16.
         ClassesError: Names or templates cannot define a classifier.
         ModelError: The model's tokenizer cannot be had.
     """
     check_classes(classes, "classes")
     check_templates(templates, "templates")
+    if approximate and choose_precision("auto", choose_device("cpu")) != "bf16":
+        raise UsageError(
+            "this CPU has no bf16 instructions, without which approximate is slower than exact: leave it out"
+        )
     chosen = choose_devices(device)[0]
     tower = TextTower(loaded, device=chosen, precision=choose_precision(precision, chosen))
-    return ZeroShotClassifier(classes, embed_classes(tower, classes, templates, on_classes), loaded.info)
+    vectors = embed_classes(tower, classes, templates, on_classes)
+    return ZeroShotClassifier(classes, vectors, loaded.info, approximate=approximate)
 
 
 def classify(
@@ -132,6 +162,7 @@ def classify(
     out: str | Path | None = None,
     device: str = "auto",
     precision: str = "auto",
+    approximate: bool = False,
     on_classes: Callable[[int], None] = lambda num_classes: None,
     on_progress: Callable[[int], None] = lambda num_rows: None,
 ) -> ClassifySummary:
@@ -147,6 +178,9 @@ def classify(
         out: Where predictions go; `folder`/predictions by default. An earlier run's are replaced.
         device: Where to run the text tower.
         precision: Of the text tower.
+        approximate: For tens of thousands of classes and more: find the best by a bf16 product, and measure how far
+            that agrees with exact classification. Cosines are exact; probabilities are over all classes, those of the
+            best from exact cosines, the rest of the sum from bf16 ones.
         on_classes: Called with the number of classes whose prompts are embedded.
         on_progress: Called with the number of rows classified.
 
@@ -164,14 +198,16 @@ def classify(
     folder = Path(folder)
     dataset = read_dataset(folder)
     target = Path(out) if out is not None else folder / "predictions"
-    earlier = _earlier_predictions(target)
+    earlier = earlier_predictions(target)
     names = read_classes(classes) if isinstance(classes, str | Path) else classes
     prompts = read_templates(templates) if isinstance(templates, str | Path) else templates
     loaded = load_model(model or dataset.model.spec)
     check_fingerprint(folder, dataset.model, loaded.info)
-    classifier = build_classifier(loaded, names, prompts, device=device, precision=precision, on_classes=on_classes)
+    where: dict[str, Any] = {"device": device, "precision": precision, "approximate": approximate}
+    classifier = build_classifier(loaded, names, prompts, on_classes=on_classes, **where)
     counts = ClassificationCounts(len(names))
     _check_labels(folder, shards, len(names))
+    agreement = classifier.agreement(_sample(folder, shards), max(top, NUM_RANKED)) if approximate else None
     for path in earlier:
         path.unlink()
     remove_stale_temporaries(target)
@@ -196,6 +232,7 @@ def classify(
         ],
         seconds=round(seconds, 3),
         images_per_s=round(rows / seconds, 1),
+        agreement=agreement,
     )
     document = {**asdict(summary), "prompts": list(prompts), "shards": written}
     with atomic_write(target / METRICS_FILE) as file:
@@ -269,16 +306,17 @@ def predict_directory(
     """
     rows = 0
     names = pa.array(classifier.classes, pa.string())
-    batches = read_embeddings(folder, ("key", "label"), shards)
+    at_once = max(1, SCORES_AT_ONCE // len(names))
+    batches = _pieces(read_embeddings(folder, ("key", "label"), shards), at_once)
 
     def search(batch: EmbeddingBatch) -> tuple[EmbeddingBatch, Neighbours, pa.Table]:
         neighbours = classifier.predict(batch.embedding, max(top, NUM_RANKED))
         check_cosines(batch, neighbours.cosines)
-        return batch, neighbours, _table(batch, neighbours, names, top)
+        return batch, neighbours, prediction_table(batch, neighbours, names, top)
 
     with (
         contextlib.closing(map_in_order(search, batches, num_cores())) as found,
-        _PredictionWriter(target) as writer,
+        PredictionWriter(target) as writer,
     ):
         for batch, neighbours, table in found:
             labels = batch.columns["label"]
@@ -288,6 +326,22 @@ def predict_directory(
             rows += len(neighbours.ids)
             on_progress(rows)
     return writer.shards, rows
+
+
+def _pieces(batches: Iterable[EmbeddingBatch], rows: int) -> Iterator[EmbeddingBatch]:
+    """The same rows, so many at most at once."""
+    for batch in batches:
+        for first in range(0, len(batch.embedding), rows):
+            columns = {name: column.slice(first, rows) for name, column in batch.columns.items()}
+            part = batch.embedding[first : first + rows]
+            yield replace(batch, first_row=batch.first_row + first, embedding=part, columns=columns)
+
+
+def _sample(folder: Path, shards: Sequence[str] | None) -> np.ndarray[Any, Any]:
+    """Vectors [n, D] of rows drawn evenly."""
+    sizes = {name: record.rows for name, record in published_shards(folder).items() if shards is None or name in shards}
+    drawn = draw_rows(sizes, AGREEMENT_ROWS, seed=0)
+    return read_drawn(folder, drawn) if drawn else np.empty((0, read_dataset(folder).model.dim), np.float32)
 
 
 def _check_labels(folder: Path, shards: Sequence[str] | None, num_classes: int) -> None:
@@ -300,83 +354,3 @@ def _check_labels(folder: Path, shards: Sequence[str] | None, num_classes: int) 
                 f"label {values[beyond[0]]} of key {keys[int(beyond[0])].as_py()!r} (shard {name}) is beyond the"
                 f" {num_classes} classes (ids 0 to {num_classes - 1}); give the class file that the labels count in"
             )
-
-
-def _table(batch: EmbeddingBatch, found: Neighbours, names: pa.StringArray, top: int) -> pa.Table:
-    top = min(top, len(names))
-    ids, cosines, probabilities = (pa.array(np.ascontiguousarray(field[:, :top]).reshape(-1)) for field in found)
-
-    def lists(values: pa.Array) -> pa.Array:
-        return pa.FixedSizeListArray.from_arrays(values, top)
-
-    return pa.table(
-        {
-            "key": batch.columns["key"],
-            "shard": pa.repeat(batch.shard.name, len(found.ids)),
-            "label": batch.columns["label"],
-            "class_id": lists(ids),
-            "class_name": lists(names.take(ids)),
-            "cosine": lists(cosines),
-            "probability": lists(probabilities),
-        }
-    )
-
-
-class _PredictionWriter:
-    """One predictions file a shard, each appearing when its last row is in."""
-
-    def __init__(self, target: Path) -> None:
-        self.shards: list[str] = []
-        self._target = target
-        self._parquet: AtomicParquet | None = None
-
-    def __enter__(self) -> "_PredictionWriter":
-        return self
-
-    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
-        if error_type is None:
-            self._finish()
-        elif self._parquet is not None:
-            self._parquet.abort()
-
-    def write(self, shard: str, table: pa.Table) -> None:
-        if not self.shards or self.shards[-1] != shard:
-            self._finish()
-            self.shards.append(shard)
-            # Class ids and names repeat; cosines do not, and a dictionary of them takes half of the writing time.
-            repeating = ["shard", "label", "class_id.list.element", "class_name.list.element"]
-            self._parquet = AtomicParquet(
-                self._target / f"{shard}.parquet", table.schema, compression="zstd", use_dictionary=repeating
-            )
-        assert self._parquet is not None
-        self._parquet.write(table)
-
-    def _finish(self) -> None:
-        if self._parquet is not None:
-            self._parquet.commit()
-        self._parquet = None
-
-
-def _earlier_predictions(target: Path) -> list[Path]:
-    """Files of an earlier run, by its own list of them; refuses a folder that holds other Parquet files."""
-    metrics = target / METRICS_FILE
-    listed: list[str] = []
-    if metrics.exists():
-        try:
-            listed = [str(name) for name in json.loads(metrics.read_bytes())["shards"]]
-        except (ValueError, TypeError, KeyError) as error:
-            raise UsageError(f"{metrics} is not of a classification; write predictions elsewhere") from error
-    ours = {target / f"{name}.parquet" for name in listed if "/" not in name}
-    found = sorted(target.glob("[!.]*.parquet"))
-    for path in found:
-        if path not in ours and not _is_prediction(path):
-            raise UsageError(f"{path} was written by no classification; write predictions elsewhere")
-    return [*found, metrics] if metrics.exists() else found
-
-
-def _is_prediction(path: Path) -> bool:
-    """Whether a file has a prediction's columns: a run that was stopped left no list of its own."""
-    try:
-        return {"class_id", "probability"} <= set(pq.read_schema(path).names)
-    except (pa.ArrowException, OSError):
-        return False

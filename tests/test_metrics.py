@@ -1,8 +1,10 @@
+import itertools
+
 import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 
-from clipindex.metrics import ClassificationCounts, wilson_interval
+from clipindex.metrics import ClassificationCounts, retrieval_recall, wilson_interval
 
 
 @pytest.mark.parametrize("num_classes", [6, 40])
@@ -59,3 +61,13 @@ def test_calibration_error_and_confusion_over_any_batches():
     error, bins = counts.calibration()
     assert error == pytest.approx(expected)
     assert sum(one["samples"] for one in bins) == 400
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 6, 9])
+def test_answers_of_one_cosine_count_as_the_mean_over_their_orders(k):
+    queries = [(0, 1, 1), (2, 1, 1), (1, 4, 1), (0, 5, 3), (2, 3, 2), (7, 2, 1)]  # above, level, right
+    shares = []
+    for above, level, right in queries:
+        orders = list(itertools.permutations([True] * right + [False] * (level - right)))
+        shares.append(np.mean([any(([False] * above + list(order))[:k]) for order in orders]))
+    assert retrieval_recall(*np.array(queries).T, k) == pytest.approx(np.mean(shares))

@@ -8,10 +8,13 @@ from corpus import labelled, write_tar
 
 from clipindex import ModelSpec, build_classifier, classify, classify_images, embed, load_model, read_embeddings
 from clipindex.demo import DATA
-from clipindex.devices import choose_device
+from clipindex.devices import choose_device, choose_precision
 from clipindex.encode import TextTower
 from clipindex.errors import ClassesError, FingerprintError, SampleError, SourceError, UsageError
-from clipindex.store import published_shards
+from clipindex.metrics import ClassificationCounts
+from clipindex.store import ROW_GROUP_ROWS, ShardWriter, open_dataset, published_shards
+from clipindex.types import Sample, Shard
+from clipindex.zeroshot import ZeroShotClassifier, predict_directory
 
 DIGITS = DATA / "wds_digits"
 CLASSES = DIGITS / "classnames.txt"
@@ -116,6 +119,55 @@ def test_a_label_beyond_the_classes_is_named(digits, tmp_path):
     with pytest.raises(ClassesError, match=r"label \d of key 'digit_.* beyond the 3 classes"):
         classify(digits, classes=tmp_path / "three.txt", precision="fp32", device="cpu", out=tmp_path / "p")
     assert not list((tmp_path / "p").glob("*"))
+
+
+def multiplies_bf16():
+    return choose_precision("auto", choose_device("cpu")) == "bf16"
+
+
+@pytest.mark.skipif(not multiplies_bf16(), reason="needs bf16 instructions")
+def test_approximate_classification_says_how_far_it_agrees(digits, summary, tmp_path):
+    classes = CLASSES.read_text().split() + [f"thing {at} of {at % 7}" for at in range(3000)]
+    exact, found = (
+        classify(digits, classes=classes, out=tmp_path / str(approximate), approximate=approximate, precision="fp32",
+                 device="cpu")
+        for approximate in (False, True)
+    )  # fmt: skip
+    assert summary.agreement is None and exact.agreement is None
+    assert found.agreement.rows == min(1000, found.rows)
+    assert found.agreement.k == 5
+    assert found.agreement.same_top1 > 0.98
+    assert found.acc1 == pytest.approx(exact.acc1, abs=0.02)
+    document = json.loads((tmp_path / "True" / "metrics.json").read_bytes())
+    assert document["agreement"]["most_probability_off"] == found.agreement.most_probability_off < 0.01
+
+
+@pytest.mark.skipif(multiplies_bf16(), reason="needs a CPU without bf16 instructions")
+def test_approximate_is_refused_where_it_would_be_slower(digits, tmp_path):
+    with pytest.raises(UsageError, match="bf16"):
+        classify(digits, classes=CLASSES, out=tmp_path / "p", approximate=True, device="cpu")
+
+
+def test_progress_is_told_within_row_groups_where_classes_are_many(tmp_path):
+    info = load_model(ModelSpec(name="demo")).info
+    num_rows, num_classes = ROW_GROUP_ROWS, 60_000
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(num_classes, info.dim)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    wanted = rng.integers(0, num_classes, num_rows)
+    writer = ShardWriter(tmp_path, Shard(url="/x.tar", name="x", size=0, version=""),
+                         open_dataset(tmp_path, info, "float16", "test"))  # fmt: skip
+    samples = [Sample(key=f"k{at}", member="", image=b"", tar_offset=0, label=int(of)) for at, of in enumerate(wanted)]
+    writer.append(samples, vectors[wanted], np.ones(num_rows, np.float32), [(1, 1)] * num_rows)
+    writer.publish(samples=num_rows, precision="fp32", decoder="exact", device="cpu", seconds=0.0)
+    told, counts = [], ClassificationCounts(num_classes)
+    classifier = ZeroShotClassifier(list(map(str, range(num_classes))), vectors, info)
+    predict_directory(tmp_path, classifier, tmp_path / "predictions", 1, counts, told.append)
+    assert len(told) > 1 and told[-1] == num_rows
+    assert counts.overall()["acc1"] == 1
+    table = pq.read_table(tmp_path / "predictions" / "x.parquet")
+    assert table["key"].to_pylist() == [sample.key for sample in samples]
+    assert [int(name) for (name,) in table["class_name"].to_pylist()] == wanted.tolist()
 
 
 def test_another_models_embeddings_are_refused(digits):

@@ -10,7 +10,21 @@ from typing import Any
 
 import click
 
-from clipindex.cli import bench, classify, dedup, demo, embed, exporting, importing, index, pack, probe, search, verify
+from clipindex.cli import (
+    bench,
+    classify,
+    dedup,
+    demo,
+    embed,
+    exporting,
+    importing,
+    index,
+    pack,
+    probe,
+    retrieval,
+    search,
+    verify,
+)
 from clipindex.errors import ClipindexError, UsageError
 from clipindex.version import __version__
 
@@ -112,6 +126,7 @@ for command in (
     search.search,
     dedup.dedup,
     probe.probe,
+    retrieval.retrieval,
     importing.import_embeddings,
     exporting.export_embeddings,
     demo.demo,
