@@ -1,5 +1,6 @@
 """Devices and precisions by name, and what `auto` means on this machine."""
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -82,3 +83,13 @@ def _cpu_flags() -> frozenset[str]:
         return frozenset()
     flags = (line.partition(":")[2] for line in lines if line.lower().startswith(("flags", "features")))
     return frozenset(next(flags, "").split())
+
+
+def machine_memory_bytes() -> int:
+    """Memory of this machine, or of the container where that has less."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        text = Path(path).read_text().strip() if os.access(path, os.R_OK) else ""
+        if text.isdecimal():
+            limits.append(int(text))
+    return min(limits)

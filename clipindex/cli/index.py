@@ -1,32 +1,15 @@
 """`clipindex index`."""
 
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from clipindex.cli.options import json_option, model_options, print_result, refuse_options, spec
+from clipindex.cli.options import json_option, model_options, parse_bytes, print_result, refuse_options, spec
 
 if TYPE_CHECKING:
     from clipindex.index_job import IndexSummary
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-
-
-def parse_bytes(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
-    """A number of bytes out of '4GB', '512 MiB' or '1e9'."""
-    if value is None:
-        return None
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?I?)B?\s*", value, re.IGNORECASE)
-    try:
-        number = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    except (ValueError, KeyError):
-        number = 0
-    if number < 1:
-        raise click.BadParameter(f"{value!r} is no size; write 4GB, 512MB or 16GiB")
-    return number
 
 
 @click.command()
@@ -40,7 +23,6 @@ def parse_bytes(context: click.Context, parameter: click.Parameter, value: str |
 )
 @click.option(
     "--memory",
-    "memory_bytes",
     callback=parse_bytes,
     metavar="SIZE",
     help="What the index may take, as 4GB.  [default: half of the machine's]",
@@ -64,7 +46,7 @@ def parse_bytes(context: click.Context, parameter: click.Parameter, value: str |
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of what is drawn.")
 @model_options(required=False)
 @json_option
-def index(folder: Path, prompts: Path | None, as_json: bool, **options: Any) -> int:  # noqa: ANN401
+def index(folder: Path, memory: int | None, prompts: Path | None, as_json: bool, **options: Any) -> int:  # noqa: ANN401
     """Build the FAISS index of an embedding directory, or add to it what is new.
 
     The index appears when its recall has been measured against exact search, and is then what search goes through.
@@ -92,6 +74,7 @@ def index(folder: Path, prompts: Path | None, as_json: bool, **options: Any) -> 
 
         summary = index_job.build_index(
             folder,
+            memory_bytes=memory,
             prompts=retrieval.read_queries(prompts) if prompts is not None else (),
             model=spec(options) if options["model"] else None,
             on_progress=on_progress,
@@ -101,7 +84,7 @@ def index(folder: Path, prompts: Path | None, as_json: bool, **options: Any) -> 
     return 0
 
 
-_PASSED_ON = ("kind", "memory_bytes", "target_recall", "max_query_ms", "accept_recall", "rebuild", "seed", "device",
+_PASSED_ON = ("kind", "target_recall", "max_query_ms", "accept_recall", "rebuild", "seed", "device",
               "precision")  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -79,6 +80,7 @@ embed_options = [
 ]  # fmt: skip
 
 
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 
 
@@ -98,6 +100,20 @@ def refuse_options(context: click.Context, names: Sequence[str], why: str) -> No
     for name in names:
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{name.replace('_', '-')} does not apply: {why}")
+
+
+def parse_bytes(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """A number of bytes out of '4GB', '512 MiB' or '1e9'."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?I?)B?\s*", value, re.IGNORECASE)
+    try:
+        number = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    except (ValueError, KeyError):
+        number = 0
+    if number < 1:
+        raise click.BadParameter(f"{value!r} is no size; write 4GB, 512MB or 16GiB")
+    return number
 
 
 def spec(options: dict[str, Any]) -> "ModelSpec":

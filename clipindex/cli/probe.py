@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clipindex.cli.options import apply, json_option, model_options, print_result, refuse_options, spec
+from clipindex.cli.options import apply, json_option, model_options, parse_bytes, print_result, refuse_options, spec
 
 if TYPE_CHECKING:
     from clipindex.probing import Evaluation, FewShotCurve, TrainSummary
@@ -70,8 +70,8 @@ train_options = [
     click.option("--out", type=click.Path(path_type=Path), help="Where the probe goes.  [default: DIR/probe]"),
     click.option("--plot", type=click.Path(path_type=Path), metavar="FILE",
                  help="Picture of the curve, .png, .svg or .pdf.  [default: few_shot.png in --out]"),
-    click.option("--memory", type=click.FloatRange(0, min_open=True), metavar="GIB",
-                 help="What embeddings may take; more are read again in each pass.  [default: a quarter of all]"),
+    click.option("--memory", callback=parse_bytes, metavar="SIZE",
+                 help="What embeddings may take, as 4GB; more are read in each pass.  [default: a quarter of all]"),
 ]  # fmt: skip
 
 
@@ -87,7 +87,7 @@ def train(
     classes: Path | None,
     templates: str,
     plot: Path | None,
-    memory: float | None,
+    memory: int | None,
     protocol: str | None,
     balanced: bool,
     as_json: bool,
@@ -111,8 +111,7 @@ def train(
 
         shared |= {"names": classes, "on_progress": lambda note: report(0, 0, note)}
         if shots is None:
-            held = None if memory is None else round(memory * 2**30)
-            summary = probing.train_probe(folder, protocol=protocol, balanced=balanced, memory_bytes=held, **shared)
+            summary = probing.train_probe(folder, protocol=protocol, balanced=balanced, memory_bytes=memory, **shared)
         else:
             curve = probing.few_shot_curve(
                 folder,

@@ -17,10 +17,9 @@ assign rows grows with them; and no more than a 39th of the rows, below which FA
 """
 
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
+from clipindex.devices import machine_memory_bytes
 from clipindex.errors import UsageError
 
 KINDS = ("flat", "hnsw", "ivf", "ivfsq", "ivfpq")
@@ -101,9 +100,4 @@ def make_plan(kind: str, rows: int, dim: int, memory_bytes: int) -> Plan:
 
 def default_memory_bytes() -> int:
     """Half of what this machine, or the container, has."""
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        text = Path(path).read_text().strip() if os.access(path, os.R_OK) else ""
-        if text.isdecimal():
-            limits.append(int(text))
-    return min(limits) // 2
+    return machine_memory_bytes() // 2

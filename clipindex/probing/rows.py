@@ -4,7 +4,6 @@ Labels are kept in any case, eight bytes a row; an embedding of 512 half floats 
 """
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from clipindex.devices import machine_memory_bytes
 from clipindex.errors import ClassesError, StoreError, UsageError
 from clipindex.logistic import Block, Passes
 from clipindex.store import DTYPES, EmbeddingBatch, read_columns, read_dataset, read_embeddings
@@ -247,7 +247,7 @@ def usable_bytes(device: torch.device) -> int:
     """Memory that embeddings may take, by default."""
     if device.type == "cuda":
         return 2 * torch.cuda.mem_get_info(device)[0] // 3
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _MEMORY_SHARE
+    return machine_memory_bytes() // _MEMORY_SHARE
 
 
 def random_ranks(class_ids: Ids, seed: int) -> Ids:

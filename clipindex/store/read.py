@@ -208,6 +208,7 @@ class VectorReader:
         self.folder = Path(folder)
         self._dataset = read_dataset(folder)
         self.dim = self._dataset.model.dim
+        self.dtype = np.dtype(self._dataset.dtype)
         self._open: dict[str, MappedVectors] = {}
 
     def take(self, name: str, rows: IntArray) -> np.ndarray[Any, Any]:
