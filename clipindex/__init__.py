@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from clipindex.embed_job import EmbedSummary, embed
     from clipindex.errors import ClipindexError
     from clipindex.exchange import ExportSummary, ImportSummary, export_embeddings, import_embeddings
-    from clipindex.index_job import IndexSummary, build_index
+    from clipindex.indexing import IndexSummary, build_index
     from clipindex.models import load_model
     from clipindex.nearest import Filter
     from clipindex.packing import PackSummary, pack
@@ -49,7 +49,7 @@ _HOMES = {
     "Filter": "nearest",
     "Hit": "retrieval",
     "ImportSummary": "exchange",
-    "IndexSummary": "index_job",
+    "IndexSummary": "indexing",
     "ModelSpec": "types",
     "PackSummary": "packing",
     "Probe": "probing",
@@ -58,7 +58,7 @@ _HOMES = {
     "TrainSummary": "probing",
     "VerifySummary": "verification",
     "build_classifier": "zeroshot",
-    "build_index": "index_job",
+    "build_index": "indexing",
     "classify": "zeroshot",
     "classify_images": "zeroshot",
     "embed": "embed_job",

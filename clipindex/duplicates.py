@@ -24,17 +24,20 @@ from clipindex.nearest import (
     count_within,
     ids_of,
     locate,
-    row_cosines,
+    unit_cosines,
     vectors_at,
 )
 from clipindex.recall import draw_rows, read_drawn
-from clipindex.store import AtomicParquet, VectorReader, read_embeddings, read_rows
+from clipindex.store import AtomicParquet, VectorReader, read_dataset, read_embeddings, read_rows, shard_states
 from clipindex.types import Float32Array
 
 NUM_CHECKED = 1000
 """Rows whose duplicates are counted exactly; half as many more are drawn to find the effort by."""
 AT_ONCE = 1024
-"""Rows searched together; a corpus of one image has each find all."""
+"""Rows searched together, at most."""
+FIRST_AT_ONCE = 32
+MOST_PAIRS = 1 << 24
+"""Pairs of them that are expected: a copy of an image that comes a million times has a million."""
 EXACT_MARGIN = 1e-3
 """Around the threshold, within which an index of float16 vectors is not taken at its word."""
 
@@ -42,6 +45,7 @@ ERRORS_COVERED = 0.999
 """Of the scores of an index that approximates, the share that its margin makes up for."""
 PAIRS_AT_ONCE = 1 << 16
 
+_AGAIN = "run clipindex index, then this again"
 _COLUMNS = ("key", "width", "height")
 _SCHEMA = pa.schema(
     [
@@ -122,6 +126,8 @@ def find_duplicates(
     members, groups = _groups(_joined(search, on_progress))
     on_progress("write", 0, 0)
     table = _table(search, members, groups)
+    if not _is_up_to_date(folder, search.opened):
+        raise IndexingError(f"shards of {folder} were replaced meanwhile; {_AGAIN}")
     remove_stale_temporaries(target)
     with AtomicParquet(target / "groups.parquet", _SCHEMA, compression="zstd") as parquet:
         parquet.write(table)
@@ -154,6 +160,7 @@ class _Search:
         self.names = [shard.name for shard in opened.shards]
         self.probes = max(opened.record.effort.probes, 1)
         self.margin = EXACT_MARGIN
+        self._at_once = FIRST_AT_ONCE
         self._allowed: Mask | None = ids_of(opened.shards, opened.record.next_id)
 
     def pairs(self, vectors: np.ndarray[Any, Any]) -> tuple[IntArray, IntArray]:
@@ -168,6 +175,17 @@ class _Search:
             kept[some] = self._cosines(wide, query[some], ids[some]) >= self.threshold
         return query[kept], ids[kept]
 
+    def blocks(self, vectors: np.ndarray[Any, Any]) -> Iterator[tuple[slice, IntArray, IntArray]]:
+        """Pairs of some vectors at a time, and which those are: fewer where each has many."""
+        first = 0
+        while first < len(vectors):
+            some = slice(first, min(first + self._at_once, len(vectors)))
+            query, ids = self.pairs(vectors[some])
+            yield some, query, ids
+            first = some.stop
+            of_each = max(len(ids) // (some.stop - some.start), 1)
+            self._at_once = min(2 * self._at_once, AT_ONCE, max(1, MOST_PAIRS // of_each))
+
     def errors(self, vectors: Float32Array) -> Float32Array:
         """By how much scores of near rows are below their cosines."""
         ids, scores = find(self.opened.faiss, vectors, 10, self.probes, self._allowed)
@@ -176,18 +194,23 @@ class _Search:
 
     def _cosines(self, vectors: Float32Array, query: IntArray, ids: IntArray) -> Float32Array:
         asked = torch.from_numpy(vectors)[torch.from_numpy(query)]
-        return row_cosines(self.reader, self.names, asked, *locate(self.opened, ids))
+        return unit_cosines(asked, vectors_at(self.reader, self.names, *locate(self.opened, ids)))
 
 
 def _up_to_date(folder: Path) -> OpenIndex:
+    read_dataset(folder)
     opened = open_index(folder, default_memory_bytes())
     if opened is None:
         raise IndexingError(f"{folder} has no index; build it with clipindex index")
     check_model(folder, opened)
-    known, new = compare_shards(folder, opened.shards)
-    if new or len(known) < len(opened.shards):
+    if not _is_up_to_date(folder, opened):
         raise IndexingError(f"the index of {folder} is not that of its shards any more; run clipindex index")
     return opened
+
+
+def _is_up_to_date(folder: Path, opened: OpenIndex) -> bool:
+    known, new = compare_shards(shard_states(folder), opened.shards)
+    return not new and len(known) == len(opened.shards)
 
 
 def _tune(search: _Search, target: float, seed: int, on_progress: Callable[[str, int, int], None]) -> tuple[float, int]:
@@ -203,8 +226,9 @@ def _tune(search: _Search, target: float, seed: int, on_progress: Callable[[str,
     has_any = np.flatnonzero(truth > 1)
 
     def recall(chosen: IntArray) -> float:
-        query, _ = search.pairs(sample[chosen])
-        found = np.bincount(query, minlength=len(chosen)) - 1  # without itself
+        found = np.zeros(len(chosen), np.int64)
+        for some, query, _ in search.blocks(sample[chosen]):
+            found[some] = np.bincount(query, minlength=some.stop - some.start) - 1  # without itself
         return float(np.clip(found / np.maximum(truth[chosen] - 1, 1), 0, 1).mean()) if len(chosen) else 1.0
 
     tuning, check = (has_any, has_any) if len(has_any) < 3 else (has_any[::3], np.delete(has_any, slice(None, None, 3)))
@@ -222,10 +246,8 @@ def _joined(search: _Search, on_progress: Callable[[str, int, int], None]) -> In
     done = 0
     for ids, batch in _rows(search):
         asked = np.flatnonzero(first[ids])
-        for at in range(0, len(asked), AT_ONCE):
-            some = asked[at : at + AT_ONCE]
-            query, found = search.pairs(batch[some])
-            _join(parents, ids[some][query], found)
+        for some, query, found in search.blocks(batch[asked]):
+            _join(parents, ids[asked[some]][query], found)
         done += len(ids)
         on_progress("search", done, search.opened.record.rows)
     return _roots(parents, parents)
@@ -234,7 +256,10 @@ def _joined(search: _Search, on_progress: Callable[[str, int, int], None]) -> In
 def _rows(search: _Search) -> Iterator[tuple[IntArray, np.ndarray[Any, Any]]]:
     """Ids [n] and vectors [n, D] of all rows, in blocks."""
     begins = {shard.name: shard.first_id for shard in search.opened.shards}
+    sizes = {shard.name: shard.rows for shard in search.opened.shards}
     for batch in read_embeddings(search.folder, names=search.names):
+        if batch.shard.rows != sizes[batch.shard.name]:
+            raise IndexingError(f"shard {batch.shard.name} was replaced while it was read; {_AGAIN}")
         begin = begins[batch.shard.name] + batch.first_row
         yield np.arange(begin, begin + len(batch.embedding), dtype=np.int64), batch.embedding
 
@@ -310,5 +335,6 @@ def _cosines_to(search: _Search, members: IntArray, kept: IntArray) -> Float32Ar
     for first in range(0, len(members), PAIRS_AT_ONCE):
         some = slice(first, first + PAIRS_AT_ONCE)
         vectors = vectors_at(search.reader, search.names, *locate(search.opened, members[kept[some]]))
-        parts.append(row_cosines(search.reader, search.names, vectors, *locate(search.opened, members[some])))
-    return np.minimum(np.concatenate(parts), 1)  # rounded to float16, a vector may be a hair longer than one
+        others = vectors_at(search.reader, search.names, *locate(search.opened, members[some]))
+        parts.append(unit_cosines(vectors, others))
+    return np.concatenate(parts)

@@ -39,6 +39,8 @@ LOW_TOLERANCE = 1e-4
 """Where passes in low precision give way to those in float32: further on they lose themselves in its rounding."""
 DRAFT_TOLERANCE = 1e-3
 """Where drafts end; scikit-learn's default tolerance ends 2e-3 above the minimum on features of benchmarks/probe.py."""
+NEARLY = 1e-4
+"""Of the objective: what the last step may promise where float32 cannot tell any more whether it goes down."""
 GRADIENT_TOLERANCE = 1e-4
 """scikit-learn's `tol`: largest component of the gradient of the objective divided by c and the sum of the weights."""
 
@@ -85,7 +87,7 @@ class Fit:
     passes: int
     """Over the data, in this fit."""
     converged: bool
-    """Whether both tolerances were met."""
+    """Whether both tolerances were met, as far as float32 can tell."""
 
 
 def block_rows(num_classes: int, device: torch.device) -> int:
@@ -284,7 +286,9 @@ class _Descent:
                 self.converged = True
                 return
             if not self._step(direction, promised, low):
-                return  # the precision of the products is used up
+                # The precision of the products is used up: as low as they can tell, if passes are left.
+                self.converged = self._passes_left > 0 and promised <= NEARLY * self.value
+                return
 
     def _step(self, direction: torch.Tensor, promised: float, low: bool) -> bool:
         """Go along a direction as far as goes down enough; whether anywhere does."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,6 +48,9 @@ CHECKED_HITS = 256
 SCORE_TOLERANCE = 4e-3
 """Between an index of float16 vectors and the embeddings it was made of: sums in float32, in another order."""
 
+SAME = 1e-6
+"""Cosines this near are one: sums in float32, in another order."""
+
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -81,7 +85,7 @@ class Filter:
         """Rows [n] that may be found; None where all may."""
         masks = []
         if self.labels:
-            masks.append(pc.is_in(columns["label"], pa.array(self.labels, pa.int32())))
+            masks.append(pc.is_in(columns["label"].cast(pa.int64()), pa.array(self.labels, pa.int64())))
         if self.caption is not None:
             masks.append(pc.match_substring(columns["caption"], self.caption, ignore_case=True))
         return np.logical_and.reduce([np.asarray(pc.fill_null(mask, False)) for mask in masks]) if masks else None
@@ -112,11 +116,33 @@ def nearest(
         StoreError: A file is damaged, or the index does not belong to the embeddings.
         FingerprintError: It is of another model's.
     """
-    opened = None if exact else open_index(folder, default_memory_bytes())
-    if opened is None:
-        return scan(folder, queries, k, where=where, on_progress=on_progress)
-    check_model(folder, opened)
-    known, new = compare_shards(folder, opened.shards)
+    while True:
+        opened = None if exact else open_index(folder, default_memory_bytes())
+        if opened is None:
+            return scan(folder, queries, k, where=where, on_progress=on_progress)
+        check_model(folder, opened)
+        states = shard_states(folder)
+        failed: StoreError | None = None
+        try:
+            found = _by_index_and_scan(folder, opened, states, queries, k, where, on_progress)
+        except StoreError as error:
+            failed = error
+        if shard_states(folder) == states:  # or a shard was replaced meanwhile, and its rows are not what was searched
+            if failed is not None:
+                raise failed
+            return found
+
+
+def _by_index_and_scan(
+    folder: Path,
+    opened: OpenIndex,
+    states: Mapping[str, str],
+    queries: Float32Array,
+    k: int,
+    where: Filter,
+    on_progress: Callable[[int], None],
+) -> Nearest:
+    known, new = compare_shards(states, opened.shards)
     allowed = _allowed(folder, opened, known, where)
     num_allowed = opened.record.next_id if allowed is None else int(allowed.sum())
     if where.columns and num_allowed <= FEW * opened.record.rows:
@@ -189,12 +215,13 @@ def through_index(
     allowed = ids_of(opened.shards, opened.record.next_id) if allowed is None else allowed
     names = [shard.name for shard in opened.shards]
     plan = opened.record.plan
-    wanted = min(k * effort.candidates, max(opened.record.rows, 1))
+    most = opened.record.rows if allowed is None else int(allowed.sum())
+    wanted = min(max(k, min(k * effort.candidates, RANKED_AT_ONCE)), max(most, 1))
     step = max(1, RANKED_AT_ONCE // wanted)
     blocks = []
     for first in range(0, max(len(queries), 1), step):
         asked = queries[first : first + step]
-        ids, scores = find(opened.faiss, asked, wanted, effort.probes, allowed)
+        ids, scores = _filled(opened, asked, wanted, min(k, most), effort, allowed)
         shards, rows = locate(opened, ids)
         if plan.kind == "flat" or (plan.is_lossless and reader.dtype == np.float16):
             cosines = np.where(ids < 0, -np.inf, scores).astype(np.float32)
@@ -210,6 +237,20 @@ def through_index(
         blocks.append([np.take_along_axis(each, order, axis=1) for each in (cosines, shards, rows)])
     cosines, shards, rows = (np.concatenate(each) for each in zip(*blocks, strict=True))
     return Nearest(cosines, shards, rows, names)
+
+
+def _filled(
+    opened: OpenIndex, queries: Float32Array, wanted: int, least: int, effort: Effort, allowed: Mask | None
+) -> tuple[IntArray, Float32Array]:
+    """Ids and scores [Q, wanted], at least `least` of each query: where its lists hold fewer, it looks at more."""
+    ids, scores = find(opened.faiss, queries, wanted, effort.probes, allowed)
+    while len(short := np.flatnonzero((ids >= 0).sum(axis=1) < least)):
+        wider = widened(opened, effort, 2)
+        if wider == effort:  # a graph does not lead everywhere
+            break
+        effort = wider
+        ids[short], scores[short] = find(opened.faiss, queries[short], wanted, effort.probes, allowed)
+    return ids, scores
 
 
 def vectors_at(reader: VectorReader, names: Sequence[str], shards: IntArray, rows: IntArray) -> torch.Tensor:
@@ -237,6 +278,13 @@ def row_cosines(
     return cosines
 
 
+def unit_cosines(ones: torch.Tensor, others: torch.Tensor) -> Float32Array:
+    """Cosines [n] of vectors [n, D], one by one, brought to unit length first: float16 leaves them a hair from it."""
+    normalize = torch.nn.functional.normalize
+    cosines: Float32Array = torch.einsum("nd,nd->n", normalize(ones, dim=1), normalize(others, dim=1)).numpy()
+    return np.minimum(cosines, 1)
+
+
 def count_within(
     folder: Path,
     queries: Float32Array,
@@ -244,15 +292,20 @@ def count_within(
     names: Sequence[str],
     on_progress: Callable[[int], None] = lambda num_rows: None,
 ) -> IntArray:
-    """How many rows [Q] of some shards have at least this cosine to each query [Q, D], by looking at every row."""
-    asked = torch.from_numpy(queries)
+    """How many rows [Q] of some shards have at least this cosine to each query [Q, D], by looking at every row.
+
+    As of `unit_cosines`.
+    """
+    asked = torch.nn.functional.normalize(torch.from_numpy(queries), dim=1)
     counts = np.zeros(len(queries), np.int64)
     total = 0
 
     def count(batch: EmbeddingBatch) -> tuple[int, IntArray]:
-        scores = asked @ torch.from_numpy(batch.embedding).float().T
+        vectors = torch.from_numpy(batch.embedding).float()
+        scores = asked @ vectors.T
         check_cosines(batch, scores.amax(dim=1).numpy())
-        return len(batch.embedding), (scores >= least).sum(dim=1).numpy()
+        scores /= vectors.norm(dim=1)
+        return len(batch.embedding), (scores >= least - SAME).sum(dim=1).numpy()
 
     with contextlib.closing(map_in_order(count, read_embeddings(folder, names=names), num_cores())) as batches:
         for size, found in batches:
@@ -272,7 +325,7 @@ def locate(opened: OpenIndex, ids: IntArray) -> tuple[IntArray, IntArray]:
     rows = np.array([shard.rows for shard in opened.shards], np.int64)
     shards = np.maximum(np.searchsorted(first, ids, "right") - 1, 0)
     within = np.where(ids < 0, 0, ids - first[shards])
-    if (within >= rows[shards]).any():
+    if ((ids >= 0) & (within >= rows[shards])).any():
         raise StoreError(f"the index is damaged: it holds ids that no row has; {REBUILD}")
     return shards, within
 
@@ -291,9 +344,13 @@ def check_model(folder: Path, opened: OpenIndex) -> None:
         )
 
 
-def compare_shards(folder: Path, indexed: Sequence[IndexedShard]) -> tuple[list[IndexedShard], list[str]]:
-    """Which of an index's shards are still the same, and the names of those that it does not have, or as others."""
-    states = shard_states(folder)
+def compare_shards(states: Mapping[str, str], indexed: Sequence[IndexedShard]) -> tuple[list[IndexedShard], list[str]]:
+    """Which of an index's shards are still the same, and the names of those that it does not have, or as others.
+
+    Args:
+        states: Of the published shards, as `store.shard_states` tells them.
+        indexed: The index's shards.
+    """
     known = [shard for shard in indexed if states.get(shard.name) == shard.state]
     return known, sorted(set(states) - {shard.name for shard in known})
 
@@ -309,10 +366,9 @@ def ids_of(shards: Sequence[IndexedShard], next_id: int) -> Mask | None:
 
 
 def widened(opened: OpenIndex, effort: Effort, times: float) -> Effort:
-    """As many times the effort, as far as there is more to look at."""
-    lists = opened.record.plan.num_lists
-    probes = round(effort.probes * times)
-    return replace(effort, probes=min(probes, lists) if lists else probes)
+    """At least as many times the effort, as far as there is more to look at; `times` is at least 1."""
+    most = opened.record.plan.num_lists or (0 if opened.record.plan.kind == "flat" else max(opened.record.rows, 1))
+    return replace(effort, probes=min(math.ceil(effort.probes * times), max(most, effort.probes)))
 
 
 REBUILD = "build the index again, with clipindex index --rebuild"
@@ -324,8 +380,11 @@ def _allowed(folder: Path, opened: OpenIndex, known: Sequence[IndexedShard], whe
         return ids_of(known, opened.record.next_id)
     allowed = np.zeros(opened.record.next_id, np.bool_)
     at = {shard.name: shard.first_id for shard in known}
+    ends = {shard.name: shard.first_id + shard.rows for shard in known}
     for name, columns in read_columns(folder, where.columns, sorted(at)):
         size = len(columns[where.columns[0]])
+        if at[name] + size > ends[name]:
+            raise StoreError(f"shard {name} was replaced while it was read; run again")
         allowed[at[name] : at[name] + size] = where.passing(columns)
         at[name] += size
     return allowed
@@ -398,6 +457,8 @@ def _cosines(
     """Exact cosines [Q, c] of queries [Q, D] and rows; -inf where the id is -1."""
     out = np.full(ids.shape, -np.inf, np.float32)
     query, place = np.nonzero(ids >= 0)
-    vectors = torch.from_numpy(queries)[torch.from_numpy(query)]
-    out[query, place] = row_cosines(reader, names, vectors, shards[query, place], rows[query, place])
+    for first in range(0, len(query), RANKED_AT_ONCE):
+        some = query[first : first + RANKED_AT_ONCE], place[first : first + RANKED_AT_ONCE]
+        vectors = torch.from_numpy(queries)[torch.from_numpy(some[0])]
+        out[some] = row_cosines(reader, names, vectors, shards[some], rows[some])
     return out

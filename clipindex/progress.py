@@ -24,6 +24,19 @@ def reporting(title: str) -> Iterator[Report]:
         yield _log_lines(title)
 
 
+def by_steps(report: Report) -> Callable[[str, int, int], None]:
+    """What a job of several steps calls: with the step, how much of it is done, and of how much (0 if unknown)."""
+    started: dict[str, float] = {}
+
+    def on_progress(step: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        seconds = now - started.setdefault(step, now)
+        rate = f", {done / seconds:,.0f}/s" if done and seconds else ""
+        report(done, total, f"{step}: {done:,} of {total:,}{rate}" if total else step)
+
+    return on_progress
+
+
 @contextlib.contextmanager
 def _bar(title: str) -> Iterator[Report]:
     from rich.console import Console

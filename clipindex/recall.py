@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from clipindex.index.files import Effort, OpenIndex, Recall
-from clipindex.nearest import IntArray, Nearest, scan, through_index, widened
+from clipindex.nearest import IntArray, Nearest, scan, through_index
 from clipindex.store import VectorReader
 from clipindex.types import Float32Array
 
@@ -141,8 +141,8 @@ def queries_per_s(reader: VectorReader, opened: OpenIndex, questions: Questions,
 def within(reader: VectorReader, opened: OpenIndex, questions: Questions, effort: Effort, ms: float) -> Effort:
     """The most effort, up to the given one, that takes at most `ms` a query, or the least there is."""
     while effort.probes > 1 and (taken := milliseconds(reader, opened, questions, effort)) > ms:
-        effort = widened(opened, effort, min(0.9, ms / taken))
-        effort = Effort(probes=max(effort.probes, 1), candidates=effort.candidates)
+        fewer = min(effort.probes - 1, int(effort.probes * ms / taken))
+        effort = Effort(probes=max(fewer, 1), candidates=effort.candidates)
     return effort
 
 

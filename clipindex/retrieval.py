@@ -20,14 +20,18 @@ from clipindex.nearest import Filter, Nearest, nearest
 from clipindex.store import (
     AtomicParquet,
     Dataset,
+    VectorReader,
     check_fingerprint,
+    read_columns,
     read_dataset,
-    read_embeddings,
     read_record,
     read_rows,
 )
 from clipindex.types import Float32Array, ModelSpec
 from clipindex.urls import read_range, stat_source
+
+MOST_HITS = 1_000_000
+"""Of a query; more are an export."""
 
 _COLUMNS = ("key", "label", "caption", "tar_offset", "tar_size")
 _STARTS = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*": "tif", b"MM": "tif"}
@@ -115,8 +119,12 @@ def search(
         StoreError: A key is not in the directory, or in several shards.
         ClipindexError: Others of its kinds; see `errors`.
     """
-    if k < 1:
-        raise UsageError(f"k {k}: give at least 1")
+    if not 1 <= k <= MOST_HITS:
+        raise UsageError(f"k {k}: give at least 1, and at most {MOST_HITS:,}")
+    if any(not text.strip() for query in queries for text in (*query.texts, *query.minus)):
+        raise UsageError("a text is empty")
+    if not queries:
+        return []
     folder = Path(folder)
     dataset = read_dataset(folder)
     vectors = _query_vectors(folder, dataset, queries, model, device, precision)
@@ -245,12 +253,16 @@ def _find_keys(folder: Path, keys: Sequence[str]) -> dict[str, Float32Array]:
     if not keys:
         return {}
     wanted = pa.array(sorted({part for key in keys for part in (key, key.partition(":")[2])}), pa.string())
-    for batch in read_embeddings(folder, ("key",)):
-        for at in np.flatnonzero(pc.is_in(batch.columns["key"], wanted)):
-            key = batch.columns["key"][int(at)].as_py()
-            for name in (key, f"{batch.shard.name}:{key}"):
+    reader, first = VectorReader(folder), dict[str, int]()
+    for shard, columns in read_columns(folder, ("key",)):
+        begin = first.setdefault(shard, 0)
+        for at in np.flatnonzero(pc.is_in(columns["key"], wanted)).tolist():
+            key = columns["key"][at].as_py()
+            for name in (key, f"{shard}:{key}"):
                 if name in found:
-                    found[name].append((batch.shard.name, batch.embedding[at].astype(np.float32)))
+                    vector = reader.take(shard, np.array([begin + at]))[0]
+                    found[name].append((shard, vector.astype(np.float32)))
+        first[shard] = begin + len(columns["key"])
     for key, rows in found.items():
         if not rows:
             raise StoreError(f"{folder} has no row with key {key!r}; rejects have no embedding")

@@ -32,6 +32,7 @@ from clipindex.store import (
     read_embeddings,
     read_record,
     read_rejects,
+    shard_states,
 )
 from clipindex.types import ImageEncoder, ModelSpec, Reject, Sample, Shard, UInt8Array
 from clipindex.urls import read_range, stat_source
@@ -240,7 +241,7 @@ def _check_index(folder: Path, dataset: Dataset) -> Iterator[Fault]:
 def _unindexed(folder: Path) -> list[str]:
     with contextlib.suppress(StoreError):
         opened = open_index(folder, default_memory_bytes())
-        known, new = compare_shards(folder, opened.shards) if opened else ([], [])
+        known, new = compare_shards(shard_states(folder), opened.shards) if opened else ([], [])
         if opened and (new or len(known) < len(opened.shards)):
             return ["the index is not that of the shards as they are now; clipindex index brings it up to date"]
     return []

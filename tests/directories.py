@@ -20,9 +20,9 @@ def clustered(number, seed=0, dim=INFO.dim, num_clusters=60, spread=0.35):
     return (raw / np.linalg.norm(raw, axis=1, keepdims=True)).astype(np.float32)
 
 
-def write_shard(folder, name, vectors, version="mtime:1", dtype="float16", sizes=None, caption=None):
+def write_shard(folder, name, vectors, version="mtime:1", dtype="float16", sizes=None, caption=None, info=INFO):
     """Publish one shard; keys are NAME-ROW, labels the row modulo ten."""
-    dataset = open_dataset(folder, INFO, dtype, "test")
+    dataset = open_dataset(folder, info, dtype, "test")
     writer = ShardWriter(folder, Shard(url=f"/data/{name}.tar", name=name, size=9, version=version), dataset)
     for first in range(0, len(vectors), 5000):
         part = vectors[first : first + 5000]

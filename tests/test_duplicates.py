@@ -11,7 +11,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from clipindex import build_index, find_duplicates
-from clipindex.errors import IndexingError, UsageError
+from clipindex.errors import IndexingError, StoreError, UsageError
 from clipindex.store import read_embeddings
 
 HERE = {"device": "cpu", "precision": "fp32"}
@@ -38,6 +38,7 @@ def truth(folder):
     """Components of the graph of all pairs at the threshold, as sets of (shard, row), of two and more."""
     batches = list(read_embeddings(folder))
     vectors = np.concatenate([batch.embedding for batch in batches]).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     places = [(batch.shard.name, batch.first_row + at) for batch in batches for at in range(len(batch.embedding))]
     pairs = np.nonzero(vectors @ vectors.T >= THRESHOLD)
     _, component = connected_components(coo_array((np.ones(len(pairs[0])), pairs), shape=(len(vectors),) * 2))
@@ -92,6 +93,33 @@ def test_a_corpus_of_one_image_is_one_group(tmp_path):
     assert (summary.groups, summary.duplicates, summary.largest) == (1, 19_999, 20_000)
 
 
+@pytest.mark.parametrize("threshold", [0.999, 0.9999, 0.999999])
+def test_copies_are_found_at_any_threshold(tmp_path, threshold):
+    """Rounded to float16 a vector is a hair shorter or longer than one."""
+    write_shard(tmp_path, "s", np.repeat(clustered(500, spread=1.0), 2, axis=0))
+    build_index(tmp_path, kind="ivf", **HERE)
+    summary = find_duplicates(tmp_path, threshold=threshold)
+    assert (summary.groups, summary.duplicates) == (500, 500)
+
+
+def test_a_shard_that_is_replaced_meanwhile_ends_it(tmp_path, monkeypatch):
+    from clipindex import duplicates
+
+    for name in ("a", "b"):
+        write_shard(tmp_path, name, clustered(100))
+    build_index(tmp_path, **HERE)
+    tune = duplicates._tune
+
+    def meanwhile(*arguments):
+        write_shard(tmp_path, "a", clustered(120), version="mtime:2")
+        return tune(*arguments)
+
+    monkeypatch.setattr(duplicates, "_tune", meanwhile)
+    with pytest.raises(IndexingError, match="replaced"):
+        find_duplicates(tmp_path)
+    assert not (tmp_path / "duplicates" / "groups.parquet").exists()
+
+
 def test_nothing_alike_is_no_group(tmp_path):
     write_shard(tmp_path, "s", np.eye(48, dtype=np.float32))
     build_index(tmp_path, **HERE)
@@ -108,6 +136,8 @@ def test_an_index_that_does_not_know_all_rows_is_refused(tmp_path):
     write_shard(tmp_path, "b", clustered(60, seed=1))
     with pytest.raises(IndexingError, match="run clipindex index"):
         find_duplicates(tmp_path)
+    with pytest.raises(StoreError, match="no embedding directory"):
+        find_duplicates(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="threshold"):
         find_duplicates(tmp_path, threshold=1.5)
 

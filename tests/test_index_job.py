@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import multiprocessing
 import shutil
@@ -213,7 +214,11 @@ def test_queries_that_are_texts_are_measured_too(tmp_path):
     assert set(summary.recall) == {"image", "text"}
     assert min(found.recall_at_10 for found in summary.recall.values()) >= 0.95
     again = build_index(tmp_path / "emb", **HERE)
-    assert set(again.recall) == {"image", "text"}  # nothing new: what was measured stays
+    assert (set(again.recall), again.steps) == ({"image", "text"}, {})  # nothing new: what was measured stays
+    embed(str(DATA / "wds_digits"), tmp_path / "emb", model="demo", batch_size=64, **HERE)
+    grown = build_index(tmp_path / "emb", **HERE)
+    assert (set(grown.recall), set(grown.drift), grown.is_new) == ({"image", "text"}, {"image", "text"}, False)
+    assert grown.recall["text"].queries == len(names)
 
 
 @pytest.mark.parametrize("role", ["metadata.json", "index-*.faiss", "lists-*.bin", "shards-*.parquet"])
@@ -261,6 +266,19 @@ def test_vectors_that_are_not_those_of_the_rows_are_noticed(folder):
         search_keys(folder, [f"s0-{at}" for at in range(50)])
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"effort": {"probes": "3", "candidates": 1}}, {"effort": {"probes": -1, "candidates": 1}}, {"files": {}},
+     {"rows": 10**9}, {"format_version": 7}, {"plan": {}}],
+)  # fmt: skip
+def test_metadata_that_cannot_be_is_refused(folder, change):
+    build_index(folder, kind="ivf", **HERE)
+    path = folder / "index" / "metadata.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(StoreError, match="--rebuild"):
+        search_keys(folder, ["s0-1"])
+
+
 def test_a_copied_directory_keeps_its_index(folder, tmp_path):
     build_index(folder, kind="ivf", **HERE)
     copy = tmp_path / "elsewhere"
@@ -280,7 +298,7 @@ def test_what_cannot_be_indexed_is_said(folder, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["auto", "hnsw", "ivf", "ivfsq", "ivfpq"])
-@pytest.mark.parametrize("number", [1, 2, 45])
+@pytest.mark.parametrize("number", [1, 2, 45, 300])
 def test_the_smallest_directories_have_indexes_too(tmp_path, kind, number):
     write_shard(tmp_path, "s", clustered(number))
     if kind == "ivfpq" and number < 256:
@@ -289,30 +307,150 @@ def test_the_smallest_directories_have_indexes_too(tmp_path, kind, number):
         return
     assert build_index(tmp_path, kind=kind, **HERE).rows == number
     assert [hit.key for hit in search_keys(tmp_path, ["s-0"], k=1)[0]] == ["s-0"]
-    assert len(search_keys(tmp_path, ["s-0"], k=100)[0]) <= number
+    found = search_keys(tmp_path, ["s-0"], k=1000)[0]  # more than its lists hold, and than there are
+    assert {hit.key for hit in found} == {f"s-{at}" for at in range(number)}
 
 
-def _search_on(folder, stop, failures):
+def test_few_rows_of_many_dimensions(tmp_path):
+    """Fewer than would span the space, and too little memory for anything."""
+    rng = np.random.default_rng(0)
+    raw = rng.normal(size=(300, 512)).astype(np.float32)
+    raw /= np.linalg.norm(raw, axis=1, keepdims=True)
+    write_shard(tmp_path, "s", raw, info=dataclasses.replace(INFO, dim=512))
+    summary = build_index(tmp_path, memory_bytes=10_000, target_recall=0.8, **HERE)
+    assert summary.kind == "ivfpq"
+    assert found_of_truth(tmp_path, [f"s-{at}" for at in range(100)]) > 0.7
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf", "ivfpq"])
+def test_shards_without_rows_are_no_trouble(tmp_path, kind):
+    nothing = np.empty((0, INFO.dim), np.float32)
+    for at, vectors in enumerate(
+        [nothing, clustered(400), nothing, clustered(1), nothing, clustered(300, seed=2), nothing]
+    ):
+        write_shard(tmp_path, f"s{at}", vectors)
+    summary = build_index(tmp_path, kind=kind, target_recall=0.8, **HERE)
+    assert (summary.rows, summary.shards) == (701, 7)
+    for key in ("s1-399", "s3-0", "s5-0", "s5-299"):
+        ((hit, *others),) = search_keys(tmp_path, [key], k=900)
+        assert hit.key == key
+        assert len(others) == 700
+    (tmp_path / "embeddings" / "s4.parquet").unlink()
+    write_shard(tmp_path, "s7", nothing)
+    build_index(tmp_path, target_recall=0.8, **HERE)
+    assert search_keys(tmp_path, ["s5-0"])[0][0].key == "s5-0"
+
+
+def test_float32_directories(tmp_path):
+    write_directory(tmp_path, dtype="float32")
+    for kind in ("ivf", "flat"):
+        build_index(tmp_path, kind=kind, **HERE)
+        assert found_of_truth(tmp_path, [f"s1-{at}" for at in range(200)]) > 0.9
+
+
+def test_a_target_that_a_graph_cannot_reach_is_said(tmp_path):
+    """Copies beyond a node's links are islands."""
+    base = clustered(700)
+    write_shard(tmp_path, "s", np.concatenate([base, np.repeat(base[:2], 300, axis=0)]))
+    with pytest.raises(IndexingError, match="below 1"):
+        build_index(tmp_path, kind="hnsw", target_recall=1.0, **HERE)
+
+
+def test_what_was_accepted_is_not_taken_for_what_was_asked(folder):
+    build_index(folder, kind="ivf", target_recall=1.0, max_query_ms=0.01, accept_recall=True, **HERE)
+    with pytest.raises(IndexingError, match="no index was published"):  # the limit of time is still there
+        build_index(folder, target_recall=1.0, **HERE)
+    assert build_index(folder, target_recall=1.0, accept_recall=True, **HERE).steps == {}
+
+
+def test_an_index_that_outgrows_its_memory_is_planned_anew(folder):
+    assert build_index(folder, memory_bytes=10**9, target_recall=0.8, **HERE).kind == "flat"
+    assert build_index(folder, memory_bytes=700_000, target_recall=0.8, **HERE).kind == "ivf"
+    again = build_index(folder, memory_bytes=400_000, target_recall=0.8, **HERE)
+    assert (again.kind, again.is_new) == ("ivfsq", True)
+    with pytest.raises(UsageError, match="hnsw takes"):
+        build_index(folder, kind="hnsw", memory_bytes=400_000, **HERE)
+
+
+def test_drift_is_of_what_was_added(folder):
+    build_index(folder, kind="ivf", target_recall=0.7, **HERE)
+    assert build_index(folder, target_recall=0.99, **HERE).advice is None
+    rng = np.random.default_rng(1)
+    strange = rng.normal(size=(6000, INFO.dim)).astype(np.float32)
+    write_shard(folder, "strange", strange / np.linalg.norm(strange, axis=1, keepdims=True))
+    summary = build_index(folder, target_recall=0.99, **HERE)
+    assert summary.drift["image"] < 0.99 <= summary.recall["image"].recall_at_10
+    assert "--rebuild" in summary.advice
+
+
+def test_other_runs_may_publish_meanwhile(folder, monkeypatch):
+    """A shard comes, one goes and one is replaced after the run has looked, before it reads."""
+    from clipindex.indexing import job
+
+    made_plan = job.make_plan
+
+    def meanwhile(*arguments):
+        write_shard(folder, "late", clustered(50, seed=4))
+        (folder / "embeddings" / "s0.parquet").unlink(missing_ok=True)
+        return made_plan(*arguments)
+
+    monkeypatch.setattr(job, "make_plan", meanwhile)
+    with pytest.raises(StoreError, match="s0"):
+        build_index(folder, kind="ivf", **HERE)
+    monkeypatch.setattr(job, "make_plan", lambda *arguments: (write_shard(folder, "later", clustered(40, seed=6)),
+                                                             made_plan(*arguments))[1])  # fmt: skip
+    summary = build_index(folder, kind="ivf", **HERE)
+    assert summary.rows == 4050  # what came later is found all the same
+    assert search_keys(folder, ["later-3"])[0][0].key == "later-3"
+    monkeypatch.undo()
+    assert build_index(folder, **HERE).rows == 4090
+
+
+def test_a_shard_replaced_during_a_search_is_searched_again(folder, monkeypatch):
+    from clipindex import nearest
+
+    build_index(folder, kind="ivf", **HERE)
+    through = nearest.through_index
+    again = clustered(2500, seed=11)
+
+    def meanwhile(*arguments):
+        found = through(*arguments)
+        if len(next(read_embeddings(folder, names=["s1"])).embedding) == 2000:
+            write_shard(folder, "s1", again, version="mtime:2")
+        return found
+
+    monkeypatch.setattr(nearest, "through_index", meanwhile)
+    ((hit, *_),) = search_keys(folder, ["s0-1"], where=Filter(labels=tuple(range(10))))
+    assert hit.key == "s0-1"
+    assert search_keys(folder, ["s1-2400"])[0][0].key == "s1-2400"
+
+
+def _search_on(folder, stop, generations):
     while not stop.is_set():
-        try:
-            ((hit,),) = search_keys(folder, ["s1-1"], k=1)
-            assert hit.key == "s1-1"
-        except Exception as error:
-            failures.put(repr(error))
-            return
+        ((hit,),) = search_keys(folder, ["s1-1"], k=1)
+        assert hit.key == "s1-1"
+        generations.put(json.loads((folder / "index" / "metadata.json").read_text())["files"]["index"][0])
 
 
 def test_a_reader_never_meets_half_an_index(folder):
     build_index(folder, kind="ivf", target_recall=0.8, **HERE)
     context = multiprocessing.get_context("spawn")
-    stop, failures = context.Event(), context.Queue()
-    reader = context.Process(target=_search_on, args=(folder, stop, failures))
+    stop, generations = context.Event(), context.Queue()
+    reader = context.Process(target=_search_on, args=(folder, stop, generations))
     reader.start()
-    for _ in range(4):
+    met = {generations.get(timeout=60)}
+    while len(met) < 5:
         build_index(folder, kind="ivf", target_recall=0.8, rebuild=True, **HERE)
+        met.add(generations.get(timeout=60))
+        while not generations.empty():
+            met.add(generations.get())
+        assert reader.is_alive()
     stop.set()
-    reader.join()
-    assert failures.empty(), failures.get()
+    while reader.is_alive():  # it waits until what it put has been taken
+        while not generations.empty():
+            generations.get()
+        reader.join(0.1)
+    assert reader.exitcode == 0
     assert len(list((folder / "index").iterdir())) == 4
 
 
@@ -333,5 +471,11 @@ def test_the_command(folder):
     missed = clipindex("index", folder, "--target-recall", 1, "--max-query-ms", 0.001, "--rebuild", "--device", "cpu")
     assert (missed.returncode, missed.stdout) == (1, "")
     assert "no index was published" in missed.stderr
-    for wrong in (["--memory", "much"], ["--memory", "0"], ["--pretrained", "x"], ["--target-recall", "2"]):
+    for wrong in (
+        ["--memory", "much"],
+        ["--memory", "0"],
+        ["--memory", "1e400"],
+        ["--pretrained", "x"],
+        ["--target-recall", "2"],
+    ):
         assert clipindex("index", folder, *wrong).returncode == 2

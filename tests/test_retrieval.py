@@ -120,6 +120,13 @@ def test_what_cannot_be_asked_is_said(shapes, tmp_path):
             search(shapes / "out", [query], **HERE)
     with pytest.raises(UsageError, match="give at least 1"):
         search(shapes / "out", [Query(keys=("plain0",))], k=0, **HERE)
+    for texts in ((" ",), ("a", "")):
+        with pytest.raises(UsageError, match="a text is empty"):
+            search(shapes / "out", [Query(texts=texts)], **HERE)
+    with pytest.raises(UsageError, match="at most 1,000,000"):
+        search(shapes / "out", [Query(keys=("plain0",))], k=10**13, **HERE)
+    assert search(shapes / "out", [], **HERE) == []
+    assert search(shapes / "out", [Query(keys=("plain0",))], where=Filter(labels=(10**12,)), **HERE) == [[]]
     with pytest.raises(UsageError, match="no queries"):
         read_queries(write(tmp_path / "empty.txt", b"\n\n"))
     with pytest.raises(UsageError, match="UTF-8"):

@@ -1,6 +1,5 @@
 """`clipindex dedup`."""
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,21 +37,14 @@ def dedup(folder: Path, threshold: float, target_recall: float, out: Path | None
     DIR needs an index that knows all of its rows; see clipindex index. Rows are joined where their cosine reaches the
     threshold, and groups are what hangs together so. The largest image of each is the one to keep.
     """
-    from clipindex.progress import reporting
+    from clipindex.progress import by_steps, reporting
 
-    started: dict[str, float] = {}
     with reporting("dedup") as report:
         report(0, 0, "")
         from clipindex import duplicates
 
-        def on_progress(step: str, done: int, total: int) -> None:
-            now = time.monotonic()
-            seconds = now - started.setdefault(step, now)
-            rate = f", {done / seconds:,.0f}/s" if done and seconds else ""
-            report(done, total, f"{step}: {done:,} of {total:,}{rate}" if total else step)
-
         summary = duplicates.find_duplicates(
-            folder, threshold=threshold, target_recall=target_recall, out=out, seed=seed, on_progress=on_progress
+            folder, threshold=threshold, target_recall=target_recall, out=out, seed=seed, on_progress=by_steps(report)
         )
     print_result(summary, as_json, _dedup_lines)
     return 0

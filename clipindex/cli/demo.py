@@ -41,7 +41,7 @@ def _step_lines(step: "DemoStep") -> list[str]:
     ]
     if step.classified is not None and step.classified.acc1 is not None:
         found = step.classified
-        lines.append(f"  classify  {found.acc1:>4.0%} right at first guess among {found.classes} classes")
+        lines.append(f"  classify  {found.acc1:>6.2%} right at first guess among {found.classes} classes")
     return [*lines, ""]
 
 

@@ -1,6 +1,5 @@
 """`clipindex index`."""
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +8,7 @@ import click
 from clipindex.cli.options import json_option, model_options, parse_bytes, print_result, refuse_options, spec
 
 if TYPE_CHECKING:
-    from clipindex.index_job import IndexSummary
+    from clipindex.indexing import IndexSummary
 
 
 @click.command()
@@ -59,25 +58,18 @@ def index(folder: Path, memory: int | None, prompts: Path | None, as_json: bool,
         refuse_options(context, names, "only --prompts are embedded")
     elif options["model"] is None:
         refuse_options(context, ("pretrained", "random_init", "quick_gelu"), "it belongs to --model, which is missing")
-    from clipindex.progress import reporting
+    from clipindex.progress import by_steps, reporting
 
-    started: dict[str, float] = {}
     with reporting("index") as report:
         report(0, 0, "")
-        from clipindex import index_job, retrieval
+        from clipindex import indexing, retrieval
 
-        def on_progress(step: str, done: int, total: int) -> None:
-            now = time.monotonic()
-            seconds = now - started.setdefault(step, now)
-            rate = f", {done / seconds:,.0f}/s" if done and seconds else ""
-            report(done, total, f"{step}: {done:,} of {total:,}{rate}" if total else step)
-
-        summary = index_job.build_index(
+        summary = indexing.build_index(
             folder,
             memory_bytes=memory,
             prompts=retrieval.read_queries(prompts) if prompts is not None else (),
             model=spec(options) if options["model"] else None,
-            on_progress=on_progress,
+            on_progress=by_steps(report),
             **{name: value for name, value in options.items() if name in _PASSED_ON},
         )
     print_result(summary, as_json, _index_lines)
@@ -89,21 +81,21 @@ _PASSED_ON = ("kind", "target_recall", "max_query_ms", "accept_recall", "rebuild
 
 
 def _index_lines(summary: "IndexSummary") -> list[str]:
-    changes = f"{summary.shards_added:,} added, {summary.shards_removed:,} gone" if not summary.is_new else "all new"
+    changes = f"{summary.shards_added:,} added, {summary.shards_removed:,} gone" if not summary.is_new else "built anew"
     if not summary.is_new and not summary.shards_added and not summary.shards_removed:
-        changes = "nothing new"
+        changes = "nothing new" if not summary.steps else "measured anew"
     effort = [f"{summary.effort.probes:,} {'kept in mind' if summary.kind == 'hnsw' else 'lists'}"]
     if summary.effort.candidates > 1:
         effort.append(f"{summary.effort.candidates} x k candidates")
     looked = f" at {', '.join(effort)} a query" if summary.effort.probes else ""
     lines = [
         f"{summary.rows:,} rows of {summary.shards:,} shards ({changes}) -> {summary.folder}/index",
-        f"{summary.kind}, {summary.row_bytes:,} bytes a row, {summary.index_bytes / 1e9:,.3f} GB,"
+        f"{summary.kind}, {summary.row_bytes:,} bytes a row, {summary.index_bytes / 1e6:,.1f} MB,"
         f" {summary.seconds:,.1f} s",
     ]
     lines += [
         f"{kind} queries: recall@1 {found.recall_at_1:.4f}, @10 {found.recall_at_10:.4f}, @100"
-        f" {found.recall_at_100:.4f} of {found.queries:,}{looked}"
+        f" {found.recall_at_100:.4f}, {found.queries:,} queries{looked}"
         for kind, found in summary.recall.items()
     ]
     lines.append(f"{summary.ms_per_query:,.2f} ms a query alone, {summary.queries_per_s:,.0f} a second at once")

@@ -109,7 +109,7 @@ def parse_bytes(context: click.Context, parameter: click.Parameter, value: str |
     match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([KMGT]?I?)B?\s*", value, re.IGNORECASE)
     try:
         number = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         number = 0
     if number < 1:
         raise click.BadParameter(f"{value!r} is no size; write 4GB, 512MB or 16GiB")

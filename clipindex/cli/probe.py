@@ -205,7 +205,7 @@ def _train_lines(summary: "TrainSummary") -> list[str]:
         f" {summary.protocol}{found} in {summary.seconds:,.1f} s -> {summary.out}"
     ]
     if summary.training.get("converged") is False:
-        lines.append("not converged: the objective is as low as float32 can tell, or the passes were used up")
+        lines.append("not converged: the passes were used up, or float32 is too coarse for so weak a regularisation")
     return lines + (_evaluation_lines(summary.test) if summary.test else [])
 
 
@@ -229,8 +229,8 @@ def _evaluation_lines(found: "Evaluation") -> list[str]:
     if len(table) > 2 * CLASSES_SHOWN:
         table = [*table[:CLASSES_SHOWN], f"  … {len(table) - 2 * CLASSES_SHOWN:,} more", *table[-CLASSES_SHOWN:]]
     wrong = sorted((cell for cell in found.confusion if cell[0] != cell[1]), key=lambda cell: -cell[2])
-    taken = [f"  {names[label]} for {names[best]}: {rows:,}" for label, best, rows in wrong[:CONFUSIONS_SHOWN]]
-    return [*lines, "recall by class:", *table, *(["most often taken:", *taken] if taken else [])]
+    taken = [f"  {names[label]}, taken for {names[best]}: {rows:,}" for label, best, rows in wrong[:CONFUSIONS_SHOWN]]
+    return [*lines, "recall by class:", *table, *(["most often wrong:", *taken] if taken else [])]
 
 
 def _curve_lines(curve: "FewShotCurve") -> list[str]:

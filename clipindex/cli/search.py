@@ -43,8 +43,15 @@ SHEET_SIDE = 180
     type=click.Path(path_type=Path),
     help="Instead: a file with a text a line, each a query of its own.",
 )
-@click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="Rows for each query.")
-@click.option("--label", "labels", type=int, multiple=True, metavar="N", help="Only rows with this label; repeatable.")
+@click.option("-k", type=click.IntRange(1, 1_000_000), default=10, show_default=True, help="Rows for each query.")
+@click.option(
+    "--label",
+    "labels",
+    type=click.IntRange(-(2**31), 2**31 - 1),
+    multiple=True,
+    metavar="N",
+    help="Only rows with this label, a class number; repeatable.",
+)
 @click.option("--caption", metavar="WORDS", help="Only rows whose caption contains this, whatever its case.")
 @click.option("--exact", is_flag=True, help="Look at every row, though there is an index.")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE.parquet", help="Write all hits to this file.")

@@ -28,9 +28,10 @@ win under a hundredth of recall, which ranking again by the embeddings themselve
 PQ_ITERATIONS = 12
 
 
-def sample_rows(plan: Plan, rows: int) -> int:
-    """How many rows to train on."""
-    return min(rows, max(SAMPLE_ROWS_A_LIST * plan.num_lists, ENCODER_ROWS), SAMPLE_BYTES // (2 * plan.dim))
+def sample_rows(plan: Plan, rows: int, item_bytes: int) -> int:
+    """How many rows, of numbers of so many bytes, to train on."""
+    wanted = max(SAMPLE_ROWS_A_LIST * plan.num_lists, ENCODER_ROWS)
+    return min(rows, max(plan.num_lists, min(wanted, SAMPLE_BYTES // (item_bytes * plan.dim))))
 
 
 def train_index(
@@ -180,11 +181,14 @@ def _product_index(plan: Plan, centroids: Float32Array, vectors: Float32Array) -
     """
     nearest = nearest_centroids(torch.from_numpy(vectors), torch.from_numpy(centroids))
     left = vectors - centroids[nearest]
-    axes = faiss.PCAMatrix(plan.dim, plan.dim, 0, False)
-    axes.balanced_bins = plan.code_bytes
-    axes.train(left)
     rotation = faiss.LinearTransform(plan.dim, plan.dim, False)  # an inner product must not have its mean taken away
-    faiss.copy_array_to_vector(faiss.vector_to_array(axes.A)[: plan.dim**2], rotation.A)
+    axes = np.eye(plan.dim, dtype=np.float32).reshape(-1)
+    if len(left) >= plan.dim:  # fewer do not span the space
+        principal = faiss.PCAMatrix(plan.dim, plan.dim, 0, False)
+        principal.balanced_bins = plan.code_bytes
+        principal.train(left)
+        axes = faiss.vector_to_array(principal.A)[: plan.dim**2]
+    faiss.copy_array_to_vector(axes, rotation.A)
     rotation.is_orthonormal = rotation.is_trained = True
     ivf = faiss.IndexIVFPQ(
         _quantizer(rotation.apply(centroids)), plan.dim, plan.num_lists, plan.code_bytes, 8, faiss.METRIC_INNER_PRODUCT

@@ -7,6 +7,7 @@ that nobody changes any more; they are removed when the next generation is there
 import contextlib
 import json
 import os
+import re
 import secrets
 import zlib
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import faiss
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -24,6 +26,7 @@ from clipindex.errors import StoreError
 from clipindex.index.build import Filler, ivf_of, write_index
 from clipindex.index.lists import Mask, map_lists
 from clipindex.index.plan import Plan
+from clipindex.types import Float32Array
 
 FORMAT_VERSION = 1
 METADATA = "metadata.json"
@@ -91,6 +94,8 @@ class IndexRecord:
     effort: Effort
     target_recall: float
     """Of recall@10, with each set of queries."""
+    max_query_ms: float | None
+    """Of a query alone, where that was asked for."""
     recall: dict[str, Recall]
     """By the kind of query: 'image', and 'text' where prompts were given."""
     ms_per_query: float
@@ -112,6 +117,8 @@ class OpenIndex:
     """By their first id."""
     faiss: Any
     """The faiss.Index."""
+    prompts: Float32Array | None = None
+    """Unit vectors [P, D] of the texts that it is measured with as well."""
 
 
 def read_record(folder: str | Path) -> IndexRecord | None:
@@ -130,7 +137,7 @@ def read_record(folder: str | Path) -> IndexRecord | None:
     try:
         if document["format_version"] != FORMAT_VERSION:
             raise StoreError(f"{path}: format version {document['format_version']}, not {FORMAT_VERSION}; {_REMEDY}")
-        return IndexRecord(
+        record = IndexRecord(
             **{
                 **document,
                 "plan": Plan(**document["plan"]),
@@ -141,6 +148,13 @@ def read_record(folder: str | Path) -> IndexRecord | None:
                 },
             }
         )
+        numbers = (record.plan.num_lists, record.plan.dim, record.effort.probes, record.effort.candidates,
+                   record.rows, record.next_id)  # fmt: skip
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError("a count is none")
+        if set(record.files) - {"prompts"} != {"index", "shards", *(["lists"] if record.plan.num_lists else [])}:
+            raise ValueError("its files are others")
+        return record
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(f"{path} lacks what it should hold ({error}); {_REMEDY}") from error
 
@@ -159,10 +173,12 @@ def open_index(folder: str | Path, memory_bytes: int) -> OpenIndex | None:
     while record is not None:
         try:
             return _open(Path(folder) / "index", record, memory_bytes)
-        except FileNotFoundError as error:
+        except (StoreError, FileNotFoundError) as error:
             again = read_record(folder)
-            if again == record:
-                raise StoreError(f"{error.filename} is missing; {_REMEDY}") from error
+            if again == record:  # or the next generation has taken its place meanwhile
+                if isinstance(error, FileNotFoundError):
+                    raise StoreError(f"{error.filename} is missing; {_REMEDY}") from error
+                raise
             record = again
     return None
 
@@ -211,7 +227,7 @@ class NextIndex:
         filler.finish(file, keep)
         _map(self._index, path, memory_bytes)
 
-    def publish(self, record: IndexRecord, shards: Sequence[IndexedShard]) -> IndexRecord:
+    def publish(self, record: IndexRecord, shards: Sequence[IndexedShard], prompts: Float32Array | None) -> IndexRecord:
         """Let the files appear in place of the earlier ones, which are removed; the index is not to be used any more.
 
         Raises:
@@ -219,6 +235,10 @@ class NextIndex:
         """
         token = secrets.token_hex(4)
         names = {role: f"{role}-{token}.{suffix}" for role, suffix in _SUFFIXES.items()}
+        if prompts is not None:
+            _, file = self._temporary("prompts")
+            np.save(file, prompts)
+            file.flush()
         path, _ = self._temporary("shards")
         pq.write_table(pa.Table.from_pylist([shard._asdict() for shard in shards], schema=_SHARD_SCHEMA), path)
         ivf = ivf_of(self._index)
@@ -230,16 +250,17 @@ class NextIndex:
             role: (names[role], path.stat().st_size, _checksum(path)) for role, (path, _) in self._temporaries.items()
         }
         published = replace(record, files=files)
+        for _, file in self._temporaries.values():
+            os.fsync(file.fileno())
         # Under a lock, lest another run's cleaning meet files that its metadata does not name yet.
         with exclusively(self._dataset):
-            for role, (path, file) in self._temporaries.items():
-                os.fsync(file.fileno())
+            for role, (path, _) in self._temporaries.items():
                 path.rename(self._folder / names[role])
             sync_folder(self._folder)
             with atomic_write(self._folder / METADATA) as file:
                 file.write(json.dumps(asdict(published), indent=2).encode() + b"\n")
-            for path in self._folder.glob("*-*"):
-                if path.suffix[1:] in _SUFFIXES.values() and path.name not in {name for name, _, _ in files.values()}:
+            for path in self._folder.iterdir():
+                if _NAME.fullmatch(path.name) and path.name not in {name for name, _, _ in files.values()}:
                     path.unlink()
         return published
 
@@ -262,7 +283,10 @@ def _open(folder: Path, record: IndexRecord, memory_bytes: int) -> OpenIndex:
         if "lists" in record.files:
             _map(index, folder / record.files["lists"][0], memory_bytes)
         rows = pq.read_table(folder / record.files["shards"][0], schema=_SHARD_SCHEMA).to_pylist()
-    except (RuntimeError, KeyError, pa.ArrowException) as error:
+        prompts = None
+        if "prompts" in record.files:
+            prompts = np.load(folder / record.files["prompts"][0], allow_pickle=False)
+    except (RuntimeError, KeyError, ValueError, pa.ArrowException) as error:
         raise StoreError(f"{folder} cannot be read ({str(error).splitlines()[-1]}); {_REMEDY}") from error
     shards = sorted((IndexedShard(**row) for row in rows), key=lambda shard: shard.first_id)
     if index.metric_type != faiss.METRIC_INNER_PRODUCT or index.d != record.plan.dim:
@@ -271,7 +295,7 @@ def _open(folder: Path, record: IndexRecord, memory_bytes: int) -> OpenIndex:
         )
     if sum(shard.rows for shard in shards) != record.rows or not record.rows <= index.ntotal <= record.next_id:
         raise StoreError(f"{folder}: {index.ntotal:,} vectors contradict {METADATA}; {_REMEDY}")
-    return OpenIndex(record=record, shards=shards, faiss=index)
+    return OpenIndex(record=record, shards=shards, faiss=index, prompts=prompts)
 
 
 def _map(index: faiss.Index, path: Path, memory_bytes: int) -> None:
@@ -287,5 +311,6 @@ def _checksum(path: Path) -> int:
     return value
 
 
-_SUFFIXES = {"index": "faiss", "lists": "bin", "shards": "parquet"}
+_SUFFIXES = {"index": "faiss", "lists": "bin", "shards": "parquet", "prompts": "npy"}
+_NAME = re.compile(r"(index|lists|shards|prompts)-[0-9a-f]{8}\.(faiss|bin|parquet|npy)")
 _REMEDY = "build the index again, with clipindex index --rebuild"

@@ -75,10 +75,11 @@ def make_plan(kind: str, rows: int, dim: int, memory_bytes: int) -> Plan:
     exact = Plan(kind="flat", dim=dim, num_lists=0, code_bytes=4 * dim)
     graph = Plan(kind="hnsw", dim=dim, num_lists=0, code_bytes=2 * dim)
     sizes = [dim // part for part in (4, 8, 16) if dim % part == 0] or [dim]
+    learns_codes = rows >= CENTROIDS_A_CODE
     on_disk = [
         Plan(kind="ivf", dim=dim, num_lists=lists, code_bytes=2 * dim),
         Plan(kind="ivfsq", dim=dim, num_lists=lists, code_bytes=dim),
-        *(Plan(kind="ivfpq", dim=dim, num_lists=lists, code_bytes=size) for size in sizes),
+        *(Plan(kind="ivfpq", dim=dim, num_lists=lists, code_bytes=size) for size in sizes if learns_codes),
     ]
     if kind == "auto" and rows <= FLAT_ROWS and exact.num_bytes(rows) <= memory_bytes:
         return exact
@@ -90,7 +91,7 @@ def make_plan(kind: str, rows: int, dim: int, memory_bytes: int) -> Plan:
                 f" {memory_bytes / 1e9:,.1f} GB are allowed: raise --memory, or take an ivf kind"
             )
         return plan
-    if kind == "ivfpq" and rows < CENTROIDS_A_CODE:
+    if kind == "ivfpq" and not learns_codes:
         raise UsageError(
             f"ivfpq needs {CENTROIDS_A_CODE} rows to learn its codes from, and there are {rows}; give auto"
         )

@@ -29,7 +29,7 @@ from clipindex.types import Shard
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 MOST_COSINE = 1.01
 """Rounding to float16 lengthens a vector by a tenth of that at most."""
-_OPEN_FILES = 256
+_OPEN_FILES = 48
 _STATE_BYTES = 8192
 _DAMAGE = (pa.ArrowException, OSError, UnicodeDecodeError)
 """What Arrow raises at damaged files: names of columns may be no UTF-8 any more."""
@@ -196,7 +196,7 @@ def read_rows(folder: str | Path, name: str, rows: Sequence[int] | IntArray, col
                 table = file.read_row_group(int(group), columns=list(columns))
                 table.validate(full=True)
             except _DAMAGE as error:
-                raise StoreError(f"{path} is damaged ({error}); delete it and embed its tar again") from error
+                raise _damaged(path, error) from None
             tables.append(table.take(wanted[groups == group] - (ends[group] - table.num_rows)))
     return pa.concat_tables(tables)
 
@@ -229,7 +229,7 @@ class VectorReader:
                 raise StoreError(f"{path} has {vectors.num_rows} rows: none is {rows.min()} or {rows.max()}")
             return vectors.take(rows)
         except _DAMAGE as error:
-            raise StoreError(f"{path} is damaged ({error}); delete it and embed its tar again") from error
+            raise _damaged(path, error) from None
 
 
 def read_columns(
@@ -253,7 +253,7 @@ def read_columns(
                 for batch in file.iter_batches(ROW_GROUP_ROWS, columns=list(columns)):
                     yield name, {column: batch.column(column) for column in columns}
             except _DAMAGE as error:
-                raise StoreError(f"{embeddings / name}.parquet is damaged ({error}); embed its tar again") from error
+                raise _damaged(embeddings / f"{name}.parquet", error) from None
 
 
 def _read_file(path: Path, record: ShardRecord, dataset: Dataset, columns: Sequence[str]) -> Iterator[EmbeddingBatch]:
@@ -265,7 +265,7 @@ def _read_file(path: Path, record: ShardRecord, dataset: Dataset, columns: Seque
                 embedding = vectors.group(group)
                 table = file.read_row_group(group, columns=list(columns), use_threads=False).combine_chunks()
             except _DAMAGE as error:
-                raise StoreError(f"{path} is damaged ({error}); delete it and embed its tar again") from error
+                raise _damaged(path, error) from None
             if not len(embedding):
                 continue
             yield EmbeddingBatch(
@@ -283,10 +283,18 @@ def _map_vectors(path: Path, file: pq.ParquetFile, dataset: Dataset) -> MappedVe
     return MappedVectors(path, file, dataset.model.dim, dataset.dtype)
 
 
+def _damaged(path: Path, error: Exception) -> Exception:
+    """What to raise at an error of reading a file; what the system says of itself is no damage."""
+    if isinstance(error, OSError) and error.errno is not None:
+        error.filename = error.filename or str(path)
+        return error
+    return StoreError(f"{path} is damaged ({error}); delete it and embed its tar again")
+
+
 def _open_parquet(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, memory_map=True)
     except FileNotFoundError:
         raise StoreError(f"{path} is missing") from None
     except _DAMAGE as error:
-        raise StoreError(f"{path} is damaged ({error}); delete it and embed its tar again") from error
+        raise _damaged(path, error) from None

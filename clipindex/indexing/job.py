@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,21 +24,11 @@ from clipindex.index.files import (
     open_index,
 )
 from clipindex.index.plan import KINDS, Plan, default_memory_bytes, make_plan
-from clipindex.nearest import compare_shards, ids_of, widened
-from clipindex.recall import (
-    Questions,
-    draw_rows,
-    exact_answers,
-    least_effort,
-    measure,
-    milliseconds,
-    queries_per_s,
-    read_drawn,
-    within,
-)
+from clipindex.indexing.certify import certified, drift_of, faults, pose
+from clipindex.nearest import compare_shards, ids_of
+from clipindex.recall import draw_rows, read_drawn
 from clipindex.store import (
     Dataset,
-    VectorReader,
     check_fingerprint,
     published_shards,
     read_dataset,
@@ -47,15 +38,10 @@ from clipindex.store import (
 from clipindex.types import Float32Array, ModelSpec
 from clipindex.version import __version__
 
-NUM_QUERIES = 1000
-"""Rows that recall is measured with; half as many more are drawn to find the effort by."""
 GONE = 0.2
 """Share of the vectors of an hnsw index, which forgets none, from which on it is built anew."""
 GROWN = 4
 """Times the rows it was trained on, from which on an index should be trained anew: its lists have become long."""
-WIDER = 1.15
-"""Times the effort, where queries that it was not found with miss the target."""
-
 OnProgress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and of how much."""
 
@@ -142,44 +128,57 @@ def build_index(
     memory = memory_bytes or default_memory_bytes()
     chosen = choose_device(device)
     dtype = PRECISIONS[choose_precision(precision, chosen)]
-    dataset, sizes = _sizes(folder)
+    dataset, published = _published(folder)
     texts = _embed_prompts(folder, dataset, prompts, model, device, precision)
     current = None if rebuild else open_index(folder, memory)
     kind = current.record.asked_kind if current and kind == "auto" else kind
-    current = current if current and _can_grow(folder, dataset, current, kind) else None
-    known, new = compare_shards(folder, current.shards) if current else ([], sorted(sizes))
-    removed = len(current.shards) - len(known) if current else 0
-    if current and not new and not removed and _is_measured(current.record, target_recall, max_query_ms, prompts):
-        return _summary(folder, current.record, len(known), steps=steps)
+    current = current if current and _can_grow(dataset, published, current, kind, memory) else None
+    states = {name: state for name, (_, state) in published.items()}
+    known, new = compare_shards(states, current.shards) if current else ([], sorted(states))
+    changes = _Changes(len(new), len(current.shards) - len(known) if current else 0, is_new=not current)
+    if current:
+        texts = current.prompts if texts is None else texts
+        max_query_ms = max_query_ms or current.record.max_query_ms
+        as_it_is = not new and not changes.removed and not prompts and max_query_ms == current.record.max_query_ms
+        if as_it_is and current.record.target_recall == target_recall and not faults(current.record, accept_recall):
+            return _summary(folder, current.record, len(known), changes, steps)
     with steps.timed("train"):
         if current:
-            opened = replace(current, record=replace(current.record, rows=sum(sizes.values())), shards=known)
+            opened = replace(current, shards=known)
         else:
-            plan = make_plan(kind, sum(sizes.values()), dataset.model.dim, memory)
-            opened = _trained(folder, dataset, sizes, kind, plan, str(chosen), dtype, seed, on_progress)
+            plan = make_plan(kind, sum(rows for rows, _ in published.values()), dataset.model.dim, memory)
+            opened = _trained(folder, dataset, published, kind, plan, str(chosen), dtype, seed, on_progress)
     with NextIndex(folder, opened.faiss) as files:
         with steps.timed("add"):
-            opened = _filled(folder, files, opened, new, sizes, str(chosen), dtype, memory, on_progress)
-        with steps.timed("search exactly"):
-            tuning, asked = _questions(folder, opened, sizes, texts, str(chosen), seed, on_progress)
-        with steps.timed("measure"):
-            on_progress("measure recall", 0, 0)
-            reader = VectorReader(folder)
-            drift = _drift(reader, opened, asked) if current else {}
-            record = _measured(reader, opened, tuning, asked, target_recall, max_query_ms)
-            _check_target(record, max_query_ms, accept_recall)
+            opened = _filled(folder, files, opened, new, published, str(chosen), dtype, memory, on_progress)
+        try:
+            with steps.timed("search exactly"):
+                tuning, asked = pose(folder, opened, texts, str(chosen), seed, on_progress)
+            with steps.timed("measure"):
+                on_progress("measure recall", 0, 0)
+                drift = drift_of(folder, opened, asked) if current else {}
+                record = certified(folder, opened, tuning, asked, target_recall, max_query_ms)
+        except StoreError as error:
+            if any(shard_states(folder).get(shard.name) != shard.state for shard in opened.shards):
+                raise StoreError(f"shards of {folder} were replaced while they were indexed; run again") from error
+            raise
+        wrong = faults(record, accept_recall)
+        if wrong:
+            raise IndexingError(
+                f"no index was published: {'; '.join(wrong)} ({record.plan.kind}, {record.ms_per_query:.2f} ms a query)"
+                "; lower --target-recall, raise --memory or --max-query-ms, try --kind hnsw, or pass --accept-recall"
+            )
         with steps.timed("write"):
-            record = files.publish(replace(record, build=steps.seconds), opened.shards)
-    return _summary(
-        folder,
-        record,
-        len(opened.shards),
-        added=len(new),
-        removed=removed,
-        is_new=not current,
-        drift=drift,
-        steps=steps,
-    )
+            record = files.publish(replace(record, build=steps.seconds), opened.shards, texts)
+    return _summary(folder, record, len(opened.shards), changes, steps, drift)
+
+
+class _Changes(NamedTuple):
+    """What a run did to the set of shards."""
+
+    added: int
+    removed: int
+    is_new: bool
 
 
 class _Steps:
@@ -196,9 +195,13 @@ class _Steps:
         self.seconds[step] = round(time.perf_counter() - started, 3)
 
 
-def _sizes(folder: Path) -> tuple[Dataset, dict[str, int]]:
-    """The directory, and the rows of each of its shards, in name order."""
+Published = dict[str, tuple[int, str]]
+"""Rows and state of each shard, by name and in name order: looked up once, since other runs may go on publishing."""
+
+
+def _published(folder: Path) -> tuple[Dataset, Published]:
     dataset = read_dataset(folder)
+    states = shard_states(folder)
     records = published_shards(folder)
     for name, record in records.items():
         if record.fingerprint != dataset.model.fingerprint:
@@ -208,7 +211,7 @@ def _sizes(folder: Path) -> tuple[Dataset, dict[str, int]]:
             )
     if not any(record.rows for record in records.values()):
         raise IndexingError(f"{folder} has no rows to index")
-    return dataset, {name: record.rows for name, record in records.items()}
+    return dataset, {name: (records[name].rows, state) for name, state in states.items() if name in records}
 
 
 def _embed_prompts(
@@ -226,12 +229,15 @@ def _embed_prompts(
     return TextTower(loaded, device=chosen, precision=choose_precision(precision, chosen)).encode(list(prompts))
 
 
-def _can_grow(folder: Path, dataset: Dataset, current: OpenIndex, kind: str) -> bool:
+def _can_grow(dataset: Dataset, published: Published, current: OpenIndex, kind: str, memory: int) -> bool:
     """Whether an index can be added to, or has to be built anew."""
     plan = current.record.plan
     if current.record.fingerprint != dataset.model.fingerprint or kind not in ("auto", plan.kind):
         return False
-    known, new = compare_shards(folder, current.shards)
+    rows = sum(rows for rows, _ in published.values())
+    if make_plan(kind, rows, dataset.model.dim, memory).row_bytes < plan.row_bytes:  # it would outgrow its memory
+        return False
+    known, new = compare_shards({name: state for name, (_, state) in published.items()}, current.shards)
     is_same = not new and len(known) == len(current.shards)
     if plan.kind == "flat" and not is_same:  # built as fast as it is read
         return False
@@ -239,15 +245,10 @@ def _can_grow(folder: Path, dataset: Dataset, current: OpenIndex, kind: str) -> 
     return kept > 0 and (plan.kind != "hnsw" or kept >= (1 - GONE) * current.record.next_id)
 
 
-def _is_measured(record: IndexRecord, target: float, max_query_ms: float | None, prompts: Sequence[str]) -> bool:
-    """Whether what is asked for is what was measured."""
-    return record.target_recall == target and max_query_ms is None and not prompts
-
-
 def _trained(
     folder: Path,
     dataset: Dataset,
-    sizes: dict[str, int],
+    published: Published,
     kind: str,
     plan: Plan,
     device: str,
@@ -256,9 +257,11 @@ def _trained(
     on_progress: OnProgress,
 ) -> OpenIndex:
     """A new index without vectors."""
+    sizes = {name: rows for name, (rows, _) in published.items()}
     rows = sum(sizes.values())
     on_progress("train", 0, 0)
-    drawn = draw_rows(sizes, sample_rows(plan, rows) if plan.num_lists else 0, seed)
+    number = sample_rows(plan, rows, np.dtype(dataset.dtype).itemsize) if plan.num_lists else 0
+    drawn = draw_rows(sizes, number, seed)
     sample = read_drawn(folder, drawn) if drawn else np.empty((0, plan.dim), np.float32)
     index = train_index(
         plan, sample, device=device, dtype=dtype, seed=seed, on_progress=lambda done, of: on_progress("train", done, of)
@@ -274,6 +277,7 @@ def _trained(
         trained_rows=rows,
         effort=Effort(),
         target_recall=0.0,
+        max_query_ms=None,
         recall={},
         ms_per_query=0.0,
         queries_per_s=0.0,
@@ -286,130 +290,49 @@ def _filled(
     files: NextIndex,
     opened: OpenIndex,
     new: Sequence[str],
-    sizes: dict[str, int],
+    published: Published,
     device: str,
     dtype: torch.dtype,
     memory: int,
     on_progress: OnProgress,
 ) -> OpenIndex:
     """The index with the rows of new shards, and without those of shards that are not in its list."""
-    total = sum(sizes[name] for name in new)
-    states = shard_states(folder)
+    total = sum(published[name][0] for name in new)
     shards, next_id, first = list(opened.shards), opened.record.next_id, opened.record.next_id
     with files.filler(device=device, dtype=dtype) as filler:
         for name in new:
-            shards.append(IndexedShard(name, next_id, sizes[name], states[name]))
+            shard = IndexedShard(name, next_id, *published[name])
             for batch in read_embeddings(folder, names=[name]):
-                filler.add(batch.embedding, shards[-1].first_id + batch.first_row)
+                if batch.shard.rows != shard.rows:
+                    raise StoreError(f"shard {name} was replaced while it was read; run again")
+                filler.add(batch.embedding, next_id)
                 next_id += len(batch.embedding)
                 on_progress("add", next_id - first, total)
-            if next_id != shards[-1].first_id + sizes[name]:
+            if next_id != shard.first_id + shard.rows:
                 raise StoreError(f"shard {name} was replaced while it was read; run again")
+            shards.append(shard)
         if opened.record.plan.num_lists:
             files.take_lists(filler, ids_of(opened.shards, first), memory)
-    return replace(opened, record=replace(opened.record, next_id=next_id), shards=shards)
-
-
-def _questions(
-    folder: Path,
-    opened: OpenIndex,
-    sizes: dict[str, int],
-    texts: Float32Array | None,
-    device: str,
-    seed: int,
-    on_progress: OnProgress,
-) -> tuple[list[Questions], dict[str, Questions]]:
-    """What to find the effort with, and what to measure with, by the kind of query: no query is in both."""
-    names = [shard.name for shard in opened.shards]
-    rows = sum(sizes.values())
-    drawn = draw_rows(sizes, NUM_QUERIES * 3 // 2, seed + 1)
-    own = [(name, row) for name, part in drawn for row in part.tolist()]
-    images = read_drawn(folder, drawn).astype(np.float32)
-    images /= np.linalg.norm(images, axis=1, keepdims=True)
-    both = [images] if texts is None else [images, texts]
-    answers = exact_answers(
-        folder, names, both, [own, None][: len(both)], device=device,
-        on_progress=lambda done: on_progress("search exactly", done, rows),
-    )  # fmt: skip
-    tuning, asked = [], {}
-    for kind, questions in zip(("image", "text"), answers, strict=False):
-        every_third = np.arange(len(questions.vectors)) % 3 == 0
-        few = len(questions.vectors) < 3
-        tuning.append(questions.of(every_third | few))
-        asked[kind] = questions.of(~every_third | few)
-    return tuning, asked
-
-
-def _drift(reader: VectorReader, opened: OpenIndex, asked: dict[str, Questions]) -> dict[str, float]:
-    """Recall@10 with the effort that was found when the index was smaller."""
-    return {kind: measure(reader, opened, each, opened.record.effort).recall_at_10 for kind, each in asked.items()}
-
-
-def _measured(
-    reader: VectorReader,
-    opened: OpenIndex,
-    tuning: Sequence[Questions],
-    asked: dict[str, Questions],
-    target: float,
-    max_query_ms: float | None,
-) -> IndexRecord:
-    """The record with the least effort that reaches the target, and with what was measured at it."""
-    effort = least_effort(reader, opened, tuning, target)
-    recall = {kind: measure(reader, opened, each, effort) for kind, each in asked.items()}
-    while min(each.recall_at_10 for each in recall.values()) < target and widened(opened, effort, WIDER) != effort:
-        effort = widened(opened, effort, WIDER)
-        recall = {kind: measure(reader, opened, each, effort) for kind, each in asked.items()}
-    if max_query_ms is not None and (held := within(reader, opened, asked["image"], effort, max_query_ms)) != effort:
-        effort, recall = held, {kind: measure(reader, opened, each, held) for kind, each in asked.items()}
-    return replace(
-        opened.record,
-        effort=effort,
-        target_recall=target,
-        recall=recall,
-        ms_per_query=round(milliseconds(reader, opened, asked["image"], effort), 3),
-        queries_per_s=round(queries_per_s(reader, opened, asked["image"], effort), 1),
-    )
-
-
-def _check_target(record: IndexRecord, max_query_ms: float | None, accept_recall: bool) -> None:
-    """Refuse an index that finds too little, or is too slow.
-
-    Raises:
-        IndexingError: It is.
-    """
-    kind, found = min(record.recall.items(), key=lambda item: item[1].recall_at_10)
-    wrong = []
-    if found.recall_at_10 < record.target_recall:
-        wrong.append(f"recall@10 of {kind} queries is {found.recall_at_10:.4f}, below {record.target_recall}")
-    if max_query_ms is not None and record.ms_per_query > max_query_ms:
-        wrong.append(f"a query takes {record.ms_per_query:.2f} ms, above {max_query_ms}")
-    if wrong and not accept_recall:
-        raise IndexingError(
-            f"no index was published: {'; '.join(wrong)} ({record.plan.kind}, {record.ms_per_query:.2f} ms a query);"
-            " lower --target-recall, raise --memory or --max-query-ms, try --kind hnsw, or pass --accept-recall"
-        )
+    record = replace(opened.record, next_id=next_id, rows=sum(shard.rows for shard in shards))
+    return replace(opened, record=record, shards=shards)
 
 
 def _summary(
     folder: Path,
     record: IndexRecord,
     num_shards: int,
-    *,
-    added: int = 0,
-    removed: int = 0,
-    is_new: bool = False,
-    drift: dict[str, float] | None = None,
+    changes: _Changes,
     steps: _Steps,
+    drift: dict[str, float] | None = None,
 ) -> IndexSummary:
-    drifted = drift and min(drift.values()) < record.target_recall
     return IndexSummary(
         folder=str(folder),
         kind=record.plan.kind,
         rows=record.rows,
         shards=num_shards,
-        shards_added=added,
-        shards_removed=removed,
-        is_new=is_new,
+        shards_added=changes.added,
+        shards_removed=changes.removed,
+        is_new=changes.is_new,
         index_bytes=sum(size for _, size, _ in record.files.values()),
         row_bytes=record.plan.row_bytes,
         effort=record.effort,
@@ -418,17 +341,15 @@ def _summary(
         ms_per_query=record.ms_per_query,
         queries_per_s=record.queries_per_s,
         drift=drift or {},
-        advice=_advice(record, bool(drifted)),
+        advice=_advice(record, changes, drift or {}),
         seconds=round(time.perf_counter() - steps.started, 3),
         steps=steps.seconds,
     )
 
 
-def _advice(record: IndexRecord, drifted: bool) -> str | None:
-    if not record.plan.num_lists:
-        return None
-    if record.rows > GROWN * record.trained_rows:
+def _advice(record: IndexRecord, changes: _Changes, drift: dict[str, float]) -> str | None:
+    if record.rows > GROWN * record.trained_rows and record.plan.num_lists:
         return f"it was trained on {record.trained_rows:,} rows and has {record.rows:,}; --rebuild trains it anew"
-    if drifted:
+    if (changes.added or changes.removed) and min(drift.values(), default=1) < record.target_recall:
         return "what was added is unlike what it was trained on, and more is searched for it; --rebuild trains it anew"
     return None
