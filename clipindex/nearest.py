@@ -116,33 +116,11 @@ def nearest(
         StoreError: A file is damaged, or the index does not belong to the embeddings.
         FingerprintError: It is of another model's.
     """
-    while True:
-        opened = None if exact else open_index(folder, default_memory_bytes())
-        if opened is None:
-            return scan(folder, queries, k, where=where, on_progress=on_progress)
-        check_model(folder, opened)
-        states = shard_states(folder)
-        failed: StoreError | None = None
-        try:
-            found = _by_index_and_scan(folder, opened, states, queries, k, where, on_progress)
-        except StoreError as error:
-            failed = error
-        if shard_states(folder) == states:  # or a shard was replaced meanwhile, and its rows are not what was searched
-            if failed is not None:
-                raise failed
-            return found
-
-
-def _by_index_and_scan(
-    folder: Path,
-    opened: OpenIndex,
-    states: Mapping[str, str],
-    queries: Float32Array,
-    k: int,
-    where: Filter,
-    on_progress: Callable[[int], None],
-) -> Nearest:
-    known, new = compare_shards(states, opened.shards)
+    opened = None if exact else open_index(folder, default_memory_bytes())
+    if opened is None:
+        return scan(folder, queries, k, where=where, on_progress=on_progress)
+    check_model(folder, opened)
+    known, new = compare_shards(shard_states(folder), opened.shards)
     allowed = _allowed(folder, opened, known, where)
     num_allowed = opened.record.next_id if allowed is None else int(allowed.sum())
     if where.columns and num_allowed <= FEW * opened.record.rows:

@@ -26,10 +26,13 @@ from clipindex.store import (
     read_dataset,
     read_record,
     read_rows,
+    shard_states,
 )
 from clipindex.types import Float32Array, ModelSpec
 from clipindex.urls import read_range, stat_source
 
+ATTEMPTS = 5
+"""Where another run replaces shards while they are searched: rows would be others than those that were found."""
 MOST_HITS = 1_000_000
 """Of a query; more are an export."""
 
@@ -128,7 +131,20 @@ def search(
     folder = Path(folder)
     dataset = read_dataset(folder)
     vectors = _query_vectors(folder, dataset, queries, model, device, precision)
-    return _hits(folder, nearest(folder, vectors, k, where=where or Filter(), exact=exact, on_progress=on_progress))
+    for _ in range(ATTEMPTS):
+        states = shard_states(folder)
+        failed: StoreError | None = None
+        try:
+            found = nearest(folder, vectors, k, where=where or Filter(), exact=exact, on_progress=on_progress)
+            hits = _hits(folder, found)
+        except StoreError as error:
+            failed = error
+        now = shard_states(folder)
+        if all(now.get(name) == state for name, state in states.items()):  # others may have come
+            if failed is not None:
+                raise failed
+            return hits
+    raise StoreError(f"shards of {folder} are replaced faster than they are searched; wait until that is done")
 
 
 def read_image(folder: str | Path, hit: Hit) -> bytes:

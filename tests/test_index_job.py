@@ -17,7 +17,7 @@ from clipindex.errors import ClipindexError, FingerprintError, IndexingError, St
 from clipindex.index import build
 from clipindex.nearest import Filter
 from clipindex.retrieval import Query
-from clipindex.store import read_embeddings
+from clipindex.store import published_shards, read_embeddings
 
 HERE = {"device": "cpu", "precision": "fp32"}
 KINDS = ["flat", "hnsw", "ivf", "ivfsq", "ivfpq"]
@@ -406,23 +406,25 @@ def test_other_runs_may_publish_meanwhile(folder, monkeypatch):
     assert build_index(folder, **HERE).rows == 4090
 
 
-def test_a_shard_replaced_during_a_search_is_searched_again(folder, monkeypatch):
-    from clipindex import nearest
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_shard_replaced_during_a_search_is_searched_again(folder, monkeypatch, exact):
+    """Or its hits would have the keys of other rows."""
+    from clipindex import retrieval
 
     build_index(folder, kind="ivf", **HERE)
-    through = nearest.through_index
-    again = clustered(2500, seed=11)
+    search_rows = retrieval.nearest
+    again = clustered(2000, seed=1)[::-1]  # the same rows in another order
 
-    def meanwhile(*arguments):
-        found = through(*arguments)
-        if len(next(read_embeddings(folder, names=["s1"])).embedding) == 2000:
+    def meanwhile(*arguments, **options):
+        found = search_rows(*arguments, **options)
+        if "mtime:2" not in {record.version for record in published_shards(folder).values()}:
             write_shard(folder, "s1", again, version="mtime:2")
         return found
 
-    monkeypatch.setattr(nearest, "through_index", meanwhile)
-    ((hit, *_),) = search_keys(folder, ["s0-1"], where=Filter(labels=tuple(range(10))))
-    assert hit.key == "s0-1"
-    assert search_keys(folder, ["s1-2400"])[0][0].key == "s1-2400"
+    wanted = search_keys(folder, ["s1-1999"], k=1)[0][0].cosine
+    monkeypatch.setattr(retrieval, "nearest", meanwhile)
+    ((hit,),) = search_keys(folder, ["s1-1999"], k=1, exact=exact)
+    assert (hit.key, hit.cosine) == ("s1-0", pytest.approx(wanted, abs=1e-3))
 
 
 def _search_on(folder, stop, generations):

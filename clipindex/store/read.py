@@ -1,5 +1,6 @@
 """Reading a directory back: records, rows, labels and rejects."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -63,15 +64,20 @@ def shard_states(folder: str | Path) -> dict[str, str]:
     """What tells, of each published shard, one version of its rows from another, whatever its file was copied to."""
     paths = sorted((Path(folder) / "embeddings").glob("[!.]*.parquet"))
     with ThreadPoolExecutor(8) as pool:
-        return {path.stem: state for path, state in zip(paths, pool.map(_state, paths), strict=True)}
+        states = zip(paths, pool.map(_state, paths), strict=True)
+        return {path.stem: state for path, state in states if state is not None}
 
 
-def _state(path: Path) -> str:
-    """Size, and a hash of the file's end: there stand the record, with its time, and what leads to each column."""
-    with open(path, "rb") as file:
+def _state(path: Path) -> str | None:
+    """Size, and a hash of the file's end: there stand the record, with its time, and what leads to each column.
+
+    None where the file has gone since it was listed.
+    """
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _STATE_BYTES))
         return f"{size}-{hashlib.sha256(file.read()).hexdigest()[:16]}"
+    return None
 
 
 def published_record(folder: Path, shard: Shard) -> ShardRecord | None:
