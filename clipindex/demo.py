@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from clipindex.embed_job import embed
 from clipindex.errors import UsageError
-from clipindex.sheet import Tile, contact_sheet
+from clipindex.sheet import Group, Tile, contact_sheet
 from clipindex.store import read_embeddings
 from clipindex.urls import read_range
 from clipindex.zeroshot import ClassifySummary, classify
@@ -113,7 +113,7 @@ def _draw_sheet(folder: Path) -> None:
     for name in CLASSIFIED:
         for data, predicted, right in _spread(list(_predictions(folder / name))):
             tiles.append(Tile(data, predicted.replace(" ", "\n"), "black" if right else "red"))
-    contact_sheet(tiles, columns=_COLUMNS, side=_SIDE).save(folder / SHEET_FILE)
+    contact_sheet([Group("", tiles)], columns=_COLUMNS, side=_SIDE).save(folder / SHEET_FILE)
 
 
 def _spread(found: list[tuple[bytes, str, bool]]) -> list[tuple[bytes, str, bool]]:

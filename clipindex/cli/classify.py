@@ -1,6 +1,5 @@
 """`clipindex classify`."""
 
-import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clipindex.cli.embed import embed_lines, embed_status, run_embed
-from clipindex.cli.options import apply, embed_options, json_option, model_options, print_result, refuse_options, spec
+from clipindex.cli.options import (
+    apply,
+    embed_options,
+    json_option,
+    model_options,
+    print_result,
+    refuse_options,
+    spec,
+    templates_for,
+)
 
 if TYPE_CHECKING:
     from clipindex.zeroshot import ClassifySummary, ImagePrediction
@@ -106,10 +114,7 @@ def _find_classes(data_set: Path | None, classes: Path | None, templates: str | 
         classes = next((path for path in found if path.is_file()), None)
     if classes is None:
         raise click.UsageError("give --classes FILE with a class name a line; only a local data set brings its own")
-    beside = classes.parent / "zeroshot_classification_templates.txt"
-    prompts = templates or (str(beside) if beside.is_file() else "simple")
-    logging.getLogger("clipindex").info("classes: %s, prompts: %s", classes, prompts)
-    return classes, prompts
+    return classes, templates_for(classes, templates)
 
 
 def _classify(

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import logging
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -114,6 +116,14 @@ def parse_bytes(context: click.Context, parameter: click.Parameter, value: str |
     if number < 1:
         raise click.BadParameter(f"{value!r} is no size; write 4GB, 512MB or 16GiB")
     return number
+
+
+def templates_for(classes: Path, templates: str | None) -> str:
+    """Templates as said, else those that a CLIP_benchmark data set has beside its classes, else the simple one."""
+    beside = classes.parent / "zeroshot_classification_templates.txt"
+    prompts = templates or (str(beside) if beside.is_file() else "simple")
+    logging.getLogger("clipindex").info("classes: %s, prompts: %s", classes, prompts)
+    return prompts
 
 
 def spec(options: dict[str, Any]) -> "ModelSpec":

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clipindex.cli.options import apply, json_option, model_options, parse_bytes, print_result, refuse_options, spec
+from clipindex.cli.options import (
+    apply,
+    json_option,
+    model_options,
+    parse_bytes,
+    print_result,
+    refuse_options,
+    spec,
+    templates_for,
+)
 
 if TYPE_CHECKING:
     from clipindex.probing import Evaluation, FewShotCurve, TrainSummary
@@ -65,8 +74,8 @@ train_options = [
                  help="Of all that is drawn at random."),
     click.option("--classes", type=click.Path(path_type=Path), metavar="FILE",
                  help="Class names, one a line, in the order of the labels; with --shots, zero-shot is drawn beside."),
-    click.option("--templates", default="simple", show_default=True, metavar="FILE|NAME",
-                 help="Prompts for that, as for classify."),
+    click.option("--templates", metavar="FILE|NAME",
+                 help="Prompts for that, as for classify.  [default: those beside the class names, else simple]"),
     click.option("--out", type=click.Path(path_type=Path), help="Where the probe goes.  [default: DIR/probe]"),
     click.option("--plot", type=click.Path(path_type=Path), metavar="FILE",
                  help="Picture of the curve, .png, .svg or .pdf.  [default: few_shot.png in --out]"),
@@ -85,7 +94,7 @@ def train(
     shots: list[int] | None,
     seeds: int,
     classes: Path | None,
-    templates: str,
+    templates: str | None,
     plot: Path | None,
     memory: int | None,
     protocol: str | None,
@@ -117,7 +126,7 @@ def train(
                 folder,
                 shots,
                 seeds=seeds,
-                templates=templates,
+                templates="simple" if classes is None else templates_for(classes, templates),
                 model=spec(options) if options["model"] else None,
                 precision=options["precision"],
                 **{**shared, "features": options["features"] or "raw"},

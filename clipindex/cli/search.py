@@ -123,8 +123,8 @@ def search(
     if out is not None:
         retrieval.write_hits(out, asked, found)
         click.echo(f"{sum(map(len, found)):,} hits -> {out}", err=True)
-    saved = save is None or _save(folder, save, found)
-    saved = (not open_sheet or _open(folder, found)) and saved
+    saved = save is None or _save(folder, save, asked, found)
+    saved = (not open_sheet or _open(folder, asked, found)) and saved
     document = [{"query": _named(query), "hits": hits} for query, hits in zip(asked, found, strict=True)]
     print_result(document, as_json, _lines)
     return 0 if saved else 1
@@ -150,21 +150,21 @@ def _line(rank: int, hit: "Hit") -> str:
     return f"  {rank:>3}  {hit.cosine:.4f}  {hit.key}{label}{caption}  [{hit.shard}]"
 
 
-def _open(folder: Path, found: "Sequence[Sequence[Hit]]") -> bool:
+def _open(folder: Path, asked: "Sequence[Query]", found: "Sequence[Sequence[Hit]]") -> bool:
     """Whether there was anything to show; without a viewer, it is said where the sheet lies."""
     sheet = Path(tempfile.mkdtemp(prefix="clipindex-")) / "hits.png"
-    if not _save(folder, sheet, found):
+    if not _save(folder, sheet, asked, found):
         return False
     if sheet.exists() and click.launch(str(sheet)):
         click.echo(f"no program here shows images; the sheet is {sheet}", err=True)
     return True
 
 
-def _save(folder: Path, path: Path, found: "Sequence[Sequence[Hit]]") -> bool:
+def _save(folder: Path, path: Path, asked: "Sequence[Query]", found: "Sequence[Sequence[Hit]]") -> bool:
     """Whether any image could be had."""
     from clipindex import retrieval
     from clipindex.errors import SourceError
-    from clipindex.sheet import Tile, contact_sheet
+    from clipindex.sheet import Group, Tile, contact_sheet
 
     images: list[tuple[int, int, Hit, bytes | None]] = []
     why: dict[str, int] = {}
@@ -178,12 +178,12 @@ def _save(folder: Path, path: Path, found: "Sequence[Sequence[Hit]]") -> bool:
             images.append((at, rank, hit, data))
     num_saved = len(images) - sum(why.values())
     if num_saved and path.suffix.lower() == ".png":
-        tiles = [
-            Tile(image, f"{rank}  {hit.cosine:.3f}\n{hit.key}" if image else f"{rank}  not readable\n{hit.key}")
-            for _, rank, hit, image in images
-        ]
+        groups = [Group(_named(query), []) for query in asked]
+        for at, rank, hit, image in images:
+            words = f"{rank}  {hit.cosine:.3f}\n{hit.key}" if image else f"{rank}  not readable\n{hit.key}"
+            groups[at].tiles.append(Tile(image, words))
         path.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(tiles, columns=SHEET_COLUMNS, side=SHEET_SIDE).save(path)
+        contact_sheet(groups, columns=SHEET_COLUMNS, side=SHEET_SIDE).save(path)
     elif num_saved:
         path.mkdir(parents=True, exist_ok=True)
         for at, rank, hit, image in images:
