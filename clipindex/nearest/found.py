@@ -1,0 +1,51 @@
+"""What may be found, and what was."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from clipindex.index.lists import Mask
+from clipindex.types import Float32Array
+
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Nearest(NamedTuple):
+    """The k nearest rows of each of Q queries, best first."""
+
+    cosines: Float32Array
+    """[Q, k]; -inf where there are fewer rows."""
+    shards: IntArray
+    """[Q, k], places in `names`."""
+    rows: IntArray
+    """[Q, k], row numbers within their shards."""
+    names: list[str]
+    """Of shards."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Filter:
+    """Which rows may be found: all by default."""
+
+    labels: tuple[int, ...] = ()
+    """One of these."""
+    caption: str | None = None
+    """Part of the caption, whatever its case."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What it looks at."""
+        return (*(("label",) if self.labels else ()), *(("caption",) if self.caption is not None else ()))
+
+    def passing(self, columns: Mapping[str, pa.Array]) -> Mask | None:
+        """Rows [n] that may be found; None where all may."""
+        masks = []
+        if self.labels:
+            masks.append(pc.is_in(columns["label"].cast(pa.int64()), pa.array(self.labels, pa.int64())))
+        if self.caption is not None:
+            masks.append(pc.match_substring(columns["caption"], self.caption, ignore_case=True))
+        return np.logical_and.reduce([np.asarray(pc.fill_null(mask, False)) for mask in masks]) if masks else None
