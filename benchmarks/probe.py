@@ -21,30 +21,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from vectors import DIM, INFO
 
 from clipindex.store import ShardWriter, open_dataset, read_embeddings
-from clipindex.types import Float32Array, ModelInfo, ModelSpec, Preprocess, Sample, Shard
+from clipindex.types import Float32Array, Sample, Shard
 
 if TYPE_CHECKING:
     from reporting import Row
 
-DIM = 512
 NUM_CLASSES = 100
 TEST_ROWS = 10_000
 NUM_SHARDS = 10
 BATCH = 4096
 C = 0.316
 LABEL_NOISE = 0.1
-INFO = ModelInfo(
-    spec=ModelSpec(name="synthetic"),
-    fingerprint="0" * 64,
-    dim=DIM,
-    preprocess=Preprocess(
-        size=(224, 224), resize_mode="shortest", interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3
-    ),
-    logit_scale=100.0,
-    logit_bias=None,
-)
 
 
 def main() -> None:

@@ -14,28 +14,18 @@ from pathlib import Path
 
 import numpy as np
 from reporting import Row, arguments, finish
+from vectors import DIM, INFO
 
 from clipindex.index.exact import flat_index
 from clipindex.metrics import ClassificationCounts
 from clipindex.retrieval import Query, search
 from clipindex.store import ShardWriter, open_dataset, read_embeddings
-from clipindex.types import Float32Array, ModelInfo, ModelSpec, Preprocess, Sample, Shard
+from clipindex.types import Float32Array, Sample, Shard
 from clipindex.zeroshot import ZeroShotClassifier, predict_directory
 
-DIM = 512
 NUM_CLASSES = 1000
 NUM_SHARDS = 4
 BATCH = 256
-INFO = ModelInfo(
-    spec=ModelSpec(name="synthetic"),
-    fingerprint="0" * 64,
-    dim=DIM,
-    preprocess=Preprocess(
-        size=(224, 224), resize_mode="shortest", interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3
-    ),
-    logit_scale=100.0,
-    logit_bias=None,
-)
 
 
 def main() -> None:

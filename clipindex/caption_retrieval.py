@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +25,7 @@ from clipindex.errors import ModelError, StoreError, UsageError
 from clipindex.metrics import retrieval_recall
 from clipindex.models import load_model
 from clipindex.store import EmbeddingBatch, check_cosines, check_fingerprint, read_dataset, read_embeddings
-from clipindex.types import Float32Array, ModelSpec, TextEncoder
+from clipindex.types import Float32Array, IntArray, ModelSpec, TextEncoder
 
 METRICS_FILE = "metrics.json"
 EMBEDDED_AT_ONCE = 1024
@@ -35,8 +35,6 @@ IMAGES_AT_ONCE = 4096
 """The cosines of a block are 4 MiB, which stay in the cache while they are counted."""
 SAME = 1e-6
 """Cosines this near are one: sums of 512 products in float32, in another order."""
-
-IntArray = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -18,7 +18,6 @@ from clipindex.index.lists import Mask
 from clipindex.index.plan import default_memory_bytes
 from clipindex.index.search import find, find_within
 from clipindex.nearest import (
-    IntArray,
     check_model,
     compare_shards,
     count_within,
@@ -29,7 +28,7 @@ from clipindex.nearest import (
 )
 from clipindex.recall import draw_rows, read_drawn
 from clipindex.store import AtomicParquet, VectorReader, read_dataset, read_embeddings, read_rows, shard_states
-from clipindex.types import Float32Array
+from clipindex.types import Float32Array, IntArray
 
 NUM_CHECKED = 1000
 """Rows whose duplicates are counted exactly; half as many more are drawn to find the effort by."""

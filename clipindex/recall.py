@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from clipindex.index.files import Effort, OpenIndex, Recall
-from clipindex.nearest import IntArray, Nearest, scan, through_index
+from clipindex.nearest import Nearest, scan, through_index
 from clipindex.store import VectorReader
-from clipindex.types import Float32Array
+from clipindex.types import Float32Array, IntArray
 
 DEPTH = 100
 """The k up to which recall is measured."""

@@ -133,10 +133,10 @@ def read_record(folder: str | Path) -> IndexRecord | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise StoreError(f"{path} is damaged ({error}); {_REMEDY}") from error
+        raise StoreError(f"{path} is damaged ({error}); {REBUILD}") from error
     try:
         if document["format_version"] != FORMAT_VERSION:
-            raise StoreError(f"{path}: format version {document['format_version']}, not {FORMAT_VERSION}; {_REMEDY}")
+            raise StoreError(f"{path}: format version {document['format_version']}, not {FORMAT_VERSION}; {REBUILD}")
         record = IndexRecord(
             **{
                 **document,
@@ -156,7 +156,7 @@ def read_record(folder: str | Path) -> IndexRecord | None:
             raise ValueError("its files are others")
         return record
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise StoreError(f"{path} lacks what it should hold ({error}); {_REMEDY}") from error
+        raise StoreError(f"{path} lacks what it should hold ({error}); {REBUILD}") from error
 
 
 def open_index(folder: str | Path, memory_bytes: int) -> OpenIndex | None:
@@ -177,7 +177,7 @@ def open_index(folder: str | Path, memory_bytes: int) -> OpenIndex | None:
             again = read_record(folder)
             if again == record:  # or the next generation has taken its place meanwhile
                 if isinstance(error, FileNotFoundError):
-                    raise StoreError(f"{error.filename} is missing; {_REMEDY}") from error
+                    raise StoreError(f"{error.filename} is missing; {REBUILD}") from error
                 raise
             record = again
     return None
@@ -274,9 +274,9 @@ def _open(folder: Path, record: IndexRecord, memory_bytes: int) -> OpenIndex:
         path = folder / name
         found = path.stat().st_size
         if found != size:
-            raise StoreError(f"{path} has {found:,} bytes, not {size:,}; {_REMEDY}")
+            raise StoreError(f"{path} has {found:,} bytes, not {size:,}; {REBUILD}")
         if role != "lists" and _checksum(path) != crc:  # FAISS trusts what it reads
-            raise StoreError(f"{path} is damaged: its checksum is another; {_REMEDY}")
+            raise StoreError(f"{path} is damaged: its checksum is another; {REBUILD}")
     try:
         # FAISS itself would say on standard output where it maps the lists from.
         index = faiss.read_index(str(folder / record.files["index"][0]), faiss.IO_FLAG_SKIP_IVF_DATA)
@@ -287,14 +287,14 @@ def _open(folder: Path, record: IndexRecord, memory_bytes: int) -> OpenIndex:
         if "prompts" in record.files:
             prompts = np.load(folder / record.files["prompts"][0], allow_pickle=False)
     except (RuntimeError, KeyError, ValueError, pa.ArrowException) as error:
-        raise StoreError(f"{folder} cannot be read ({str(error).splitlines()[-1]}); {_REMEDY}") from error
+        raise StoreError(f"{folder} cannot be read ({str(error).splitlines()[-1]}); {REBUILD}") from error
     shards = sorted((IndexedShard(**row) for row in rows), key=lambda shard: shard.first_id)
     if index.metric_type != faiss.METRIC_INNER_PRODUCT or index.d != record.plan.dim:
         raise StoreError(
-            f"{folder}: {index.d}-d, metric {index.metric_type}, is no index of these embeddings; {_REMEDY}"
+            f"{folder}: {index.d}-d, metric {index.metric_type}, is no index of these embeddings; {REBUILD}"
         )
     if sum(shard.rows for shard in shards) != record.rows or not record.rows <= index.ntotal <= record.next_id:
-        raise StoreError(f"{folder}: {index.ntotal:,} vectors contradict {METADATA}; {_REMEDY}")
+        raise StoreError(f"{folder}: {index.ntotal:,} vectors contradict {METADATA}; {REBUILD}")
     return OpenIndex(record=record, shards=shards, faiss=index, prompts=prompts)
 
 
@@ -313,4 +313,4 @@ def _checksum(path: Path) -> int:
 
 _SUFFIXES = {"index": "faiss", "lists": "bin", "shards": "parquet", "prompts": "npy"}
 _NAME = re.compile(r"(index|lists|shards|prompts)-[0-9a-f]{8}\.(faiss|bin|parquet|npy)")
-_REMEDY = "build the index again, with clipindex index --rebuild"
+REBUILD = "build the index again, with clipindex index --rebuild"

@@ -6,9 +6,7 @@ import faiss
 import numpy as np
 
 from clipindex.index.build import ivf_of
-from clipindex.types import Float32Array
-
-IntArray = np.ndarray[Any, np.dtype[np.int64]]
+from clipindex.types import Float32Array, IntArray
 
 
 def find(

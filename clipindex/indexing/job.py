@@ -159,7 +159,7 @@ def build_index(
                 drift = drift_of(folder, opened, asked) if current else {}
                 record = certified(folder, opened, tuning, asked, target_recall, max_query_ms)
         except StoreError as error:
-            if any(shard_states(folder).get(shard.name) != shard.state for shard in opened.shards):
+            if len(compare_shards(shard_states(folder), opened.shards)[0]) < len(opened.shards):
                 raise StoreError(f"shards of {folder} were replaced while they were indexed; run again") from error
             raise
         wrong = faults(record, accept_recall)

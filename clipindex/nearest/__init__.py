@@ -1,14 +1,13 @@
 """The rows of a directory nearest to vectors: of all rows, or of those that its index leads to."""
 
 from clipindex.nearest.by_index import nearest, through_index, widened
-from clipindex.nearest.found import Filter, IntArray, Nearest
+from clipindex.nearest.found import Filter, Nearest
 from clipindex.nearest.ids import check_model, compare_shards, ids_of, locate
 from clipindex.nearest.scan import count_within, scan
 from clipindex.nearest.vectors import row_cosines, unit_cosines, vectors_at
 
 __all__ = [
     "Filter",
-    "IntArray",
     "Nearest",
     "check_model",
     "compare_shards",

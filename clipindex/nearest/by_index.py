@@ -10,16 +10,16 @@ import numpy as np
 import torch
 
 from clipindex.errors import StoreError
-from clipindex.index.files import Effort, IndexedShard, OpenIndex, open_index
+from clipindex.index.files import REBUILD, Effort, IndexedShard, OpenIndex, open_index
 from clipindex.index.lists import Mask
 from clipindex.index.plan import default_memory_bytes
 from clipindex.index.search import find
-from clipindex.nearest.found import Filter, IntArray, Nearest
-from clipindex.nearest.ids import REBUILD, check_model, compare_shards, ids_of, locate
+from clipindex.nearest.found import Filter, Nearest
+from clipindex.nearest.ids import check_model, compare_shards, ids_of, locate
 from clipindex.nearest.scan import scan
 from clipindex.nearest.vectors import row_cosines
 from clipindex.store import VectorReader, read_columns, shard_states
-from clipindex.types import Float32Array
+from clipindex.types import Float32Array, IntArray
 
 log = logging.getLogger(__name__)
 

@@ -2,16 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipindex.index.lists import Mask
-from clipindex.types import Float32Array
-
-IntArray = np.ndarray[Any, np.dtype[np.int64]]
+from clipindex.types import Float32Array, IntArray
 
 
 class Nearest(NamedTuple):

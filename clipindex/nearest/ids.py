@@ -6,14 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from clipindex.errors import FingerprintError, StoreError
-from clipindex.index.files import IndexedShard, OpenIndex
+from clipindex.index.files import REBUILD, IndexedShard, OpenIndex
 from clipindex.index.lists import Mask
-from clipindex.nearest.found import IntArray
-from clipindex.store import (
-    read_dataset,
-)
-
-REBUILD = "build the index again, with clipindex index --rebuild"
+from clipindex.store import read_dataset
+from clipindex.types import IntArray
 
 
 def locate(opened: OpenIndex, ids: IntArray) -> tuple[IntArray, IntArray]:

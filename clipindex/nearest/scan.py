@@ -7,14 +7,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clipindex.nearest.found import Filter, IntArray, Nearest
-from clipindex.store import (
-    EmbeddingBatch,
-    check_cosines,
-    read_embeddings,
-)
+from clipindex.nearest.found import Filter, Nearest
+from clipindex.store import EmbeddingBatch, check_cosines, read_embeddings
 from clipindex.threads import map_in_order, num_cores
-from clipindex.types import Float32Array
+from clipindex.types import Float32Array, IntArray
 
 QUERIES_AT_ONCE = 256
 """Their scores with a row group are 16 MiB."""

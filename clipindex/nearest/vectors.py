@@ -5,11 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from clipindex.nearest.found import IntArray
-from clipindex.store import (
-    VectorReader,
-)
-from clipindex.types import Float32Array
+from clipindex.store import VectorReader
+from clipindex.types import Float32Array, IntArray
 
 
 def vectors_at(reader: VectorReader, names: Sequence[str], shards: IntArray, rows: IntArray) -> torch.Tensor:

@@ -25,9 +25,8 @@ from clipindex.store.dataset import (
     read_dataset,
 )
 from clipindex.store.mapped import MappedVectors
-from clipindex.types import Shard
+from clipindex.types import IntArray, Shard
 
-IntArray = np.ndarray[Any, np.dtype[np.int64]]
 MOST_COSINE = 1.01
 """Rounding to float16 lengthens a vector by a tenth of that at most."""
 _OPEN_FILES = 48
