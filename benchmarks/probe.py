@@ -24,7 +24,7 @@ import numpy as np
 from vectors import DIM, INFO
 
 from clipindex.store import ShardWriter, open_dataset, read_embeddings
-from clipindex.types import Float32Array, Sample, Shard
+from clipindex.types import Float32Array, Sample, Shard, Vectors
 
 if TYPE_CHECKING:
     from reporting import Row
@@ -215,7 +215,7 @@ def _write(folder: Path, num_rows: int, seed: int) -> None:
                 for i, label in enumerate(labels)
             ]
             unit: Float32Array = (raw / norms[:, None]).astype(np.float32)
-            writer.append(samples, unit, norms, [(1, 1)] * len(samples))
+            writer.append(samples, Vectors(unit, norms), [(1, 1)] * len(samples))
         writer.publish(samples=number, precision="fp32", decoder="exact", device="cpu", seconds=0.0)
 
 

@@ -20,7 +20,7 @@ from clipindex.index.exact import flat_index
 from clipindex.metrics import ClassificationCounts
 from clipindex.retrieval import Query, search
 from clipindex.store import ShardWriter, open_dataset, read_embeddings
-from clipindex.types import Float32Array, Sample, Shard
+from clipindex.types import Float32Array, Sample, Shard, Vectors
 from clipindex.zeroshot import ZeroShotClassifier, predict_directory
 
 NUM_CLASSES = 1000
@@ -94,7 +94,7 @@ def _write(root: Path, rng: np.random.Generator, vectors: Float32Array, num_rows
         for start in range(0, number, BATCH):  # as an embedding job does
             batch = slice(start, min(start + BATCH, number))
             sizes = [(1, 1)] * (batch.stop - start)
-            writer.append(samples[batch], rows[batch], np.ones(len(sizes), np.float32), sizes)
+            writer.append(samples[batch], Vectors(rows[batch], np.ones(len(sizes), np.float32)), sizes)
         writer.publish(samples=number, precision="fp32", decoder="exact", device="cpu", seconds=0.0)
 
 

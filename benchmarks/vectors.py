@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from clipindex.store import ShardWriter, open_dataset
-from clipindex.types import Float32Array, ModelInfo, ModelSpec, Preprocess, Sample, Shard
+from clipindex.types import Float32Array, ModelInfo, ModelSpec, Preprocess, Sample, Shard, Vectors
 
 DIM = 512
 SHARD_ROWS = 20_000
@@ -67,5 +67,5 @@ def write_directory(root: Path, shards: Iterable[Float32Array]) -> None:
             samples = [
                 Sample(key=f"{at}_{row}", member="", image=b"", tar_offset=0) for row in range(first, first + len(part))
             ]
-            writer.append(samples, part, np.ones(len(part), np.float32), [(1, 1)] * len(part))
+            writer.append(samples, Vectors(part, np.ones(len(part), np.float32)), [(1, 1)] * len(part))
         writer.publish(samples=len(vectors), precision="fp32", decoder="exact", device="cpu", seconds=0.0)

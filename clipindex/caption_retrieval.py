@@ -23,8 +23,8 @@ from clipindex.devices import choose_device, choose_precision
 from clipindex.encode import TextTower
 from clipindex.errors import ModelError, StoreError, UsageError
 from clipindex.metrics import retrieval_recall
-from clipindex.models import load_model
-from clipindex.store import EmbeddingBatch, check_cosines, check_fingerprint, read_dataset, read_embeddings
+from clipindex.models import load_model_of
+from clipindex.store import EmbeddingBatch, check_cosines, read_dataset, read_embeddings
 from clipindex.types import Float32Array, IntArray, ModelSpec, TextEncoder
 
 METRICS_FILE = "metrics.json"
@@ -117,8 +117,7 @@ def measure_retrieval(
     started = time.perf_counter()
     folder = Path(folder)
     dataset = read_dataset(folder)
-    loaded = load_model(model or dataset.model.spec)
-    check_fingerprint(folder, dataset.model, loaded.info)
+    loaded = load_model_of(folder, dataset.model, model)
     where = choose_device(device)
     tower = TextTower(loaded, device=where, precision=choose_precision(precision, where))
     with tempfile.TemporaryFile(dir=folder) as file:

@@ -1,8 +1,9 @@
 """Encoded image bytes to the uint8 pixels that a model's own transform would have seen.
 
 The reference is open_clip's inference transform, applied to what Pillow opens: resize in the image's own mode, crop,
-then convert to RGB; EXIF orientation is not applied. Common JPEGs take a faster way to the same pixels (libjpeg-turbo,
-then PyTorch's antialiased uint8 resize: within 2/255 of the reference); everything else takes the reference itself.
+then convert to RGB; for backbones of timm it is timm's. EXIF orientation is not applied. Common JPEGs take a faster way
+to the same pixels (libjpeg-turbo, then PyTorch's antialiased uint8 resize: within 2/255 of the reference); everything
+else takes the reference itself.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import simplejpeg
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, UnidentifiedImageError
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from clipindex.errors import SampleError
 from clipindex.types import Preprocess, UInt8Array
@@ -117,7 +119,8 @@ def _room(width: int, height: int) -> contextlib.AbstractContextManager[object]:
 
 def _scale_factor(height: int, width: int, preprocess: Preprocess) -> int:
     """What to divide the size by; libjpeg-turbo has vector code for these factors, and none for those between."""
-    targets = preprocess.size if preprocess.resize_mode == "squash" else (max(preprocess.size),) * 2
+    scaled = preprocess.resize_size or preprocess.size
+    targets = scaled if preprocess.resize_mode == "squash" else (max(scaled),) * 2
     room = min(height / targets[0], width / targets[1])
     return next((factor for factor in (8, 4, 2) if room >= SCALED_OVER_TARGET * factor), 1)
 
@@ -135,10 +138,9 @@ def _resize(
         out: Written.
     """
     height, width = preprocess.size
+    scaled_height, scaled_width = preprocess.resize_size or preprocess.size
     if preprocess.resize_mode == "shortest":
-        scaled_height, scaled_width = _shortest_side(*source, height)
-    else:
-        scaled_height, scaled_width = height, width
+        scaled_height, scaled_width = _shortest_side(*source, scaled_height)
     # A view: NHWC memory seen as NCHW is channels_last, which the kernel takes and gives without a copy. The axis for N
     # comes first, for its stride counts: as an afterthought it costs as much again as the resize.
     image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
@@ -218,7 +220,9 @@ def _known_formats() -> tuple[str, ...]:
 
 @lru_cache
 def _reference_transform(preprocess: Preprocess) -> Any:  # noqa: ANN401 - torchvision is untyped
-    """open_clip's own inference transform, stopped before it leaves uint8."""
+    """open_clip's own inference transform, stopped before it leaves uint8; or timm's."""
+    if preprocess.resize_size is not None:
+        return _timm_transform(preprocess, preprocess.resize_size)
     transform = image_transform_v2(
         PreprocessCfg(
             size=preprocess.size,
@@ -232,12 +236,27 @@ def _reference_transform(preprocess: Preprocess) -> Any:  # noqa: ANN401 - torch
     return transform
 
 
+def _timm_transform(preprocess: Preprocess, resize_size: tuple[int, int]) -> Any:  # noqa: ANN401 - torchvision is untyped
+    """As timm.data.create_transform for inference, and in the order of its data sets: RGB, resize, centre crop."""
+    target = resize_size if preprocess.resize_mode == "squash" else resize_size[0]
+    return Compose(
+        [
+            _to_rgb,
+            Resize(target, interpolation=InterpolationMode(preprocess.interpolation)),
+            CenterCrop(preprocess.size),
+        ]
+    )
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")
+
+
 def _check_pixels(width: int, height: int, preprocess: Preprocess, max_pixels: int) -> None:
     """Refuse what would not fit memory, before or after the resize: 1 x 20,000 pixels become 224 x 4,480,000."""
+    scaled_height, scaled_width = preprocess.resize_size or preprocess.size
     if preprocess.resize_mode == "shortest":
-        scaled_height, scaled_width = _shortest_side(height, width, max(preprocess.size))
-    else:
-        scaled_height, scaled_width = preprocess.size
+        scaled_height, scaled_width = _shortest_side(height, width, max(scaled_height, scaled_width))
     if max(width * height, scaled_width * scaled_height) > max_pixels:
         raise SampleError(f"{width} x {height} pixels, resized {scaled_width} x {scaled_height}: above {max_pixels}")
 

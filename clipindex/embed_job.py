@@ -23,6 +23,7 @@ from clipindex.store import DTYPES, Plan, ShardRecord, open_dataset, plan_shards
 from clipindex.types import ImageEncoder, ModelSpec
 from clipindex.version import CREATED_BY
 
+FEATURES = ("projected", "pre-projection", "both")
 PREPROCESS = ("exact", "fast")
 ON_BROKEN_SHARD = ("fail", "salvage")
 
@@ -78,6 +79,7 @@ def embed(
     pretrained: str | None = None,
     random_init: int | None = None,
     quick_gelu: bool | None = None,
+    features: str = "projected",
     dtype: str = "float16",
     batch_size: int | None = None,
     decode_threads: int | None = None,
@@ -99,10 +101,13 @@ def embed(
     Args:
         sources: Tars: paths, folders, globs, brace ranges, URLs, ``@FILE`` lists; see `shards.list_shards`.
         out: The embedding directory, made where there is none.
-        model: open_clip architecture, ``hf-hub:…``, ``local-dir:…``, a directory, or ``demo``; see `models.load_model`.
-        pretrained: open_clip tag or local weights file.
+        model: open_clip architecture, ``hf-hub:…``, ``local-dir:…``, a directory, ``timm:BACKBONE``, or ``demo``; see
+            `models.load_model`.
+        pretrained: Tag of open_clip's or timm's, or local weights file.
         random_init: Seed of random weights in place of trained ones.
         quick_gelu: Activation of a weights file that does not say.
+        features: What of a CLIP tower is kept: 'projected' into the space shared with texts, 'pre-projection' (what the
+            CLIP paper's linear probes are fitted to), or 'both', which takes no more time and a column of its own.
         dtype: Of the embedding column: 'float16', or 'float32' for readers that know no half floats.
         batch_size: Images at once; found by measuring, by default.
         decode_threads: One for each core by default.
@@ -121,6 +126,7 @@ def embed(
         ClipindexError: Whatever is the caller's to mend; its kinds are in `errors`. A shard that breaks is no error:
             the others go on, and the summary names it.
     """
+    _check_choice("features", features, FEATURES)
     _check_choice("dtype", dtype, DTYPES)
     _check_choice("preprocess", preprocess, PREPROCESS)
     _check_choice("on_broken_shard", on_broken_shard, ON_BROKEN_SHARD)
@@ -133,12 +139,14 @@ def embed(
     shards = list_shards([sources] if isinstance(sources, str) else sources)
     chosen_precision = choose_precision(precision, devices[0])
     spec = ModelSpec(name=model, pretrained=pretrained, random_init=random_init, quick_gelu=quick_gelu)
-    loaded = load_model(spec)
-    encoders = [ImageTower(loaded, device=one, precision=chosen_precision) for one in devices]
+    both = features == "both"
+    loaded = load_model(spec, pre_projection=features == "pre-projection")
+    before_projection = loaded.before_projection() if both else None
+    encoders = [ImageTower(loaded, device=one, precision=chosen_precision, with_pre_projection=both) for one in devices]
     folder = Path(out)
     if folder.is_file():
         raise StoreError(f"{folder} is a file; embeddings go into a folder")
-    dataset = open_dataset(folder, loaded.info, dtype, CREATED_BY)
+    dataset = open_dataset(folder, loaded.info, dtype, CREATED_BY, before_projection)
     plan = plan_shards(shards, published_shards(folder), dataset, refresh=refresh)
     on_plan(plan)
     size = batch_size or (_measured_batch_size(encoders[0]) if plan.todo else 0)

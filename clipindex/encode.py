@@ -13,8 +13,8 @@ from torch import nn
 
 from clipindex.devices import PRECISIONS
 from clipindex.errors import ModelError, UsageError
-from clipindex.models import LoadedModel
-from clipindex.types import Float32Array, UInt8Array
+from clipindex.models import LoadedModel, Project, cut_projection
+from clipindex.types import Float32Array, UInt8Array, Vectors
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +30,12 @@ class ImageTower:
         loaded: The model. With fp32 on the CPU its tensors are shared, otherwise converted copies are made.
         device: Where to run.
         precision: Of the weights: 'bf16', 'fp16' or 'fp32'.
+        with_pre_projection: Whether the features before the projection are wanted beside those after it.
     """
 
-    def __init__(self, loaded: LoadedModel, *, device: torch.device, precision: str) -> None:
+    def __init__(
+        self, loaded: LoadedModel, *, device: torch.device, precision: str, with_pre_projection: bool = False
+    ) -> None:
         self.info = loaded.info
         self.device = str(device)
         self.precision = precision
@@ -41,6 +44,10 @@ class ImageTower:
         self._fitting = sys.maxsize
         """Images at once that did not exhaust the device's memory."""
         self._tower = _placed(loaded.model.get_submodule("visual"), device, self._dtype)
+        self._project: Project | None = None
+        if with_pre_projection or loaded.info.features == "pre-projection":
+            projection = cut_projection(self._tower)
+            self._project = projection if with_pre_projection else None
         preprocess = loaded.info.preprocess
         mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (preprocess.mean, preprocess.std))
         # (x / 255 - mean) / std as one multiply-add
@@ -54,7 +61,7 @@ class ImageTower:
         return memory
 
     @torch.inference_mode()
-    def encode(self, images: UInt8Array) -> tuple[Float32Array, Float32Array]:
+    def encode(self, images: UInt8Array) -> Vectors:
         """Embed images, halving how many go at once while the device's memory is too small.
 
         Args:
@@ -62,23 +69,21 @@ class ImageTower:
                 memory is pinned.
 
         Returns:
-            Unit embeddings, float32 [N, D], and the lengths of the raw features, float32 [N]. Not-a-number
-            passes through and shows in the lengths.
+            Embeddings; not-a-number passes through and shows in the norms.
 
         Raises:
             ModelError: the tower gives something other than one vector an image.
             UsageError: the device's memory is too small for one.
         """
         if not len(images):
-            return np.empty((0, self.info.dim), np.float32), np.empty(0, np.float32)
+            return Vectors(np.empty((0, self.info.dim), np.float32), np.empty(0, np.float32))
         while True:
             try:
                 parts = [self._encode(images[at : at + self._fitting]) for at in range(0, len(images), self._fitting)]
             except torch.OutOfMemoryError as error:
                 self._halve(len(images), error)
                 continue
-            embeddings, norms = zip(*parts, strict=True)
-            return np.concatenate(embeddings), np.concatenate(norms)
+            return _concatenate(parts)
 
     def _halve(self, wanted: int, error: torch.OutOfMemoryError) -> None:
         tried = min(self._fitting, wanted)
@@ -88,14 +93,18 @@ class ImageTower:
         torch.cuda.empty_cache()
         log.warning("%s has no memory for %d images at once: going on with %d", self.device, tried, self._fitting)
 
-    def _encode(self, images: UInt8Array) -> tuple[Float32Array, Float32Array]:
+    def _encode(self, images: UInt8Array) -> Vectors:
         # from_numpy warns of read-only memory; only such arrays are copied here.
         pixels = torch.from_numpy(np.require(images, np.uint8, ["C", "W"]))
         pixels = pixels.to(self._device, non_blocking=pixels.is_pinned())
         # NHWC read as NCHW is channels_last, the order in which convolutions are fastest: no transposition.
         nchw = pixels.permute(0, 3, 1, 2).to(torch.float32)
         features = self._tower(torch.addcmul(self._shift, nchw, self._scale).to(self._dtype))
-        return _unit(features, self.info.dim)
+        if self._project is None:
+            return Vectors(*_unit(features, self.info.dim))
+        pooled = features[0] if isinstance(features, tuple) else features
+        projected = Vectors(*_unit(self._project(pooled), self.info.dim))
+        return projected._replace(pre_projection=Vectors(*_unit(pooled, pooled.shape[-1])))
 
 
 class TextTower:
@@ -105,9 +114,17 @@ class TextTower:
         loaded: The model. With fp32 on the CPU its tensors are shared, otherwise converted copies are made.
         device: Where to run.
         precision: Of the weights: 'bf16', 'fp16' or 'fp32'.
+
+    Raises:
+        ModelError: the model has none.
     """
 
     def __init__(self, loaded: LoadedModel, *, device: torch.device, precision: str) -> None:
+        if loaded.info.features != "projected":
+            raise ModelError(
+                f"{loaded.info.spec.name}: its embeddings are {loaded.info.features} features, which share no space"
+                " with texts; use those of a CLIP model, projected"
+            )
         self.info = loaded.info
         self._device = device
         self._tokenize = loaded.tokenize
@@ -147,6 +164,17 @@ class TextTower:
         self._text.attn_mask = mask[:length, :length]
         self._text.positional_embedding = nn.Parameter(positions[:length], requires_grad=False)
         return tokens[:, :length]
+
+
+def _concatenate(parts: Sequence[Vectors]) -> Vectors:
+    if len(parts) == 1:
+        return parts[0]
+    before = [part.pre_projection for part in parts if part.pre_projection is not None]
+    return Vectors(
+        np.concatenate([part.unit for part in parts]),
+        np.concatenate([part.norms for part in parts]),
+        _concatenate(before) if before else None,
+    )
 
 
 def _unit(features: torch.Tensor | tuple[torch.Tensor, ...], dim: int) -> tuple[Float32Array, Float32Array]:

@@ -15,13 +15,12 @@ from clipindex.decode import decode_image
 from clipindex.devices import choose_device, choose_precision
 from clipindex.encode import ImageTower, TextTower
 from clipindex.errors import SampleError, SourceError, StoreError, UsageError
-from clipindex.models import LoadedModel, load_model
+from clipindex.models import LoadedModel, load_model_of
 from clipindex.nearest import Filter, Nearest, nearest
 from clipindex.store import (
     AtomicParquet,
     Dataset,
     VectorReader,
-    check_fingerprint,
     read_columns,
     read_dataset,
     read_record,
@@ -209,8 +208,7 @@ def _query_vectors(
     """Unit vectors [Q, D]."""
     loaded: LoadedModel | None = None
     if any(query.texts or query.images or query.minus for query in queries):
-        loaded = load_model(model or dataset.model.spec)
-        check_fingerprint(folder, dataset.model, loaded.info)
+        loaded = load_model_of(folder, dataset.model, model)
     by_text = _embed_texts(
         loaded, [text for query in queries for text in (*query.texts, *query.minus)], device, precision
     )
@@ -260,7 +258,7 @@ def _embed_images(
             raise SourceError(f"{path}: {error.strerror}") from error
         except SampleError as error:
             raise SampleError(f"{path}: {error}") from error
-    return dict(zip(distinct, tower.encode(pixels)[0], strict=True))
+    return dict(zip(distinct, tower.encode(pixels).unit, strict=True))
 
 
 def _find_keys(folder: Path, keys: Sequence[str]) -> dict[str, Float32Array]:

@@ -31,6 +31,8 @@ class Preprocess:
     """Per channel, of pixels scaled to [0, 1]."""
     fill_color: int = 0
     """Grey level that 'longest' pads with."""
+    resize_size: tuple[int, int] | None = None
+    """Of timm's transform, which makes images RGB first: what they are resized to before the centre crop, as `size`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,9 +40,9 @@ class ModelSpec:
     """What a user says to name a model."""
 
     name: str
-    """open_clip architecture, 'hf-hub:ORG/REPO', 'local-dir:PATH', a directory, or 'demo'."""
+    """open_clip architecture, 'hf-hub:ORG/REPO', 'local-dir:PATH', a directory, 'timm:BACKBONE', or 'demo'."""
     pretrained: str | None = None
-    """open_clip tag or local weights file; only beside an architecture name."""
+    """Tag of open_clip's or timm's, or local weights file; only beside an architecture name."""
     random_init: int | None = None
     """Seed of random weights, in place of trained ones."""
     quick_gelu: bool | None = None
@@ -54,15 +56,18 @@ class ModelInfo:
     spec: ModelSpec
     """How the model was asked for; enough to load it again."""
     fingerprint: str
-    """Hex digest of architecture, weights and preprocessing; not of precision, decoder or device."""
+    """Hex digest of architecture, weights, preprocessing and kind of features; not of precision, decoder or device."""
     dim: int
-    """D, dimensions of the shared image and text space."""
+    """D, dimensions of the embeddings."""
     preprocess: Preprocess
     """The transform that belongs to the weights."""
     logit_scale: float
     """Multiplies a cosine to give a logit (already exponentiated)."""
     logit_bias: float | None
     """Added to the logits of sigmoid (SigLIP) models; None for softmax models."""
+    features: str = "projected"
+    """What an image's embedding is: 'projected' into the space shared with texts, 'pre-projection', that is before the
+    tower's last linear layer, or 'pooled', of a backbone that knows no texts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,6 +117,22 @@ class Reject:
     tar_offset: int | None
 
 
+class Vectors(NamedTuple):
+    """Embeddings of N images."""
+
+    unit: Float32Array
+    """Unit vectors [N, D]."""
+    norms: Float32Array
+    """Their lengths before normalising [N]."""
+    pre_projection: "Vectors | None" = None
+    """The same of the features before the projection, where they were asked for."""
+
+    def take(self, rows: list[int]) -> "Vectors":
+        """Those of some images."""
+        before = self.pre_projection
+        return Vectors(self.unit[rows], self.norms[rows], None if before is None else before.take(rows))
+
+
 class ImageEncoder(Protocol):
     """The image tower on a device, as the pipeline sees it; one thread uses it."""
 
@@ -125,8 +146,8 @@ class ImageEncoder(Protocol):
         """Memory for images, uint8 [size, H, W, 3], from which the device copies fastest."""
         ...
 
-    def encode(self, images: UInt8Array) -> tuple[Float32Array, Float32Array]:
-        """Embed uint8 RGB images [N, H, W, 3]: unit embeddings [N, D] and their norms before normalising [N]."""
+    def encode(self, images: UInt8Array) -> Vectors:
+        """Embed uint8 RGB images [N, H, W, 3]."""
         ...
 
 

@@ -20,14 +20,15 @@ from clipindex.errors import SampleError, ShardError, SourceError, StoreError
 from clipindex.index.files import METADATA, check_files, open_index
 from clipindex.index.files import read_record as read_index_record
 from clipindex.index.plan import default_memory_bytes
-from clipindex.models import load_model
+from clipindex.models import load_model_of
 from clipindex.nearest import compare_shards
 from clipindex.shards import list_shards, read_samples, shard_name
 from clipindex.store import (
+    NORM_COLUMNS,
+    PRE_PROJECTION,
     Dataset,
     EmbeddingBatch,
     ShardRecord,
-    check_fingerprint,
     read_dataset,
     read_embeddings,
     read_record,
@@ -109,8 +110,8 @@ class _Anew:
 
     def _flush(self) -> None:
         if self._pixels:
-            anew, _ = self.encoder.encode(np.stack(self._pixels))
-            self._cosines += np.einsum("nd,nd->n", anew, np.stack(self._stored)).tolist()
+            anew = self.encoder.encode(np.stack(self._pixels))
+            self._cosines += np.einsum("nd,nd->n", anew.unit, np.stack(self._stored)).tolist()
         self._pixels, self._stored = [], []
 
 
@@ -197,8 +198,7 @@ def verify(
 
 
 def _encoder(folder: Path, dataset: Dataset, model: ModelSpec | None, device: str, precision: str) -> ImageTower:
-    loaded = load_model(model or dataset.model.spec)
-    check_fingerprint(folder, dataset.model, loaded.info)
+    loaded = load_model_of(folder, dataset.model, model)
     chosen = choose_device(device)
     return ImageTower(loaded, device=chosen, precision=choose_precision(precision, chosen))
 
@@ -263,13 +263,17 @@ def _check_shard(folder: Path, dataset: Dataset, record: ShardRecord) -> Iterato
         rejects = read_rejects(folder, record.name)
         for batch in read_embeddings(folder, _COLUMNS, [record.name]):
             pa.table(batch.columns).validate(full=True)
-            yield from map(fault, _bad_vectors(batch))
+            yield from map(fault, _bad_vectors(batch, "embedding"))
             keys.update(batch.columns["key"].to_pylist())
             rows += len(batch.embedding)
             offsets = batch.columns["tar_offset"].drop_null().to_numpy()
             if np.any(np.diff(offsets, prepend=last_offset) <= 0):
                 yield fault(f"rows from {batch.first_row} on are not in the order of their tar")
             last_offset = offsets[-1] if len(offsets) else last_offset
+        if dataset.pre_projection is not None:
+            columns = ("key", NORM_COLUMNS[PRE_PROJECTION])
+            for batch in read_embeddings(folder, columns, [record.name], PRE_PROJECTION):
+                yield from map(fault, _bad_vectors(batch, PRE_PROJECTION))
     except (StoreError, pa.ArrowException) as error:
         yield _fault(path, error, remedy)
         return
@@ -282,12 +286,15 @@ def _check_shard(folder: Path, dataset: Dataset, record: ShardRecord) -> Iterato
         yield fault(f"key {both!r} is a row and a reject at once")
 
 
-def _bad_vectors(batch: EmbeddingBatch) -> Iterator[str]:
+_AN = {"embedding": "an embedding", PRE_PROJECTION: "a pre_projection"}
+
+
+def _bad_vectors(batch: EmbeddingBatch, column: str) -> Iterator[str]:
     lengths = np.linalg.norm(batch.embedding.astype(np.float32), axis=1)
-    norms = batch.columns["norm"].to_numpy()
+    norms = batch.columns[NORM_COLUMNS[column]].to_numpy()
     for what, values, bad in (
-        ("an embedding of length", lengths, ~(np.abs(lengths - 1) <= UNIT_TOLERANCE)),
-        ("a norm of", norms, ~(np.isfinite(norms) & (norms > 0))),
+        (f"{_AN[column]} of length", lengths, ~(np.abs(lengths - 1) <= UNIT_TOLERANCE)),
+        (f"a {NORM_COLUMNS[column]} of", norms, ~(np.isfinite(norms) & (norms > 0))),
     ):
         if bad.any():
             at = int(np.flatnonzero(bad)[0])

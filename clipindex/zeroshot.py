@@ -20,14 +20,13 @@ from clipindex.errors import ClassesError, SampleError, SourceError, UsageError
 from clipindex.index.approximate import approximate_index, scan_approximately
 from clipindex.index.exact import Neighbours, flat_index, scan
 from clipindex.metrics import ClassificationCounts
-from clipindex.models import LoadedModel, load_model
+from clipindex.models import LoadedModel, load_model_of
 from clipindex.predictions import METRICS_FILE, PredictionWriter, earlier_predictions, prediction_table
 from clipindex.prompts import check_classes, check_templates, embed_classes, read_classes, read_templates
 from clipindex.recall import draw_rows, read_drawn
 from clipindex.store import (
     EmbeddingBatch,
     check_cosines,
-    check_fingerprint,
     published_shards,
     read_columns,
     read_dataset,
@@ -201,8 +200,7 @@ def classify(
     earlier = earlier_predictions(target)
     names = read_classes(classes) if isinstance(classes, str | Path) else classes
     prompts = read_templates(templates) if isinstance(templates, str | Path) else templates
-    loaded = load_model(model or dataset.model.spec)
-    check_fingerprint(folder, dataset.model, loaded.info)
+    loaded = load_model_of(folder, dataset.model, model)
     where: dict[str, Any] = {"device": device, "precision": precision, "approximate": approximate}
     classifier = build_classifier(loaded, names, prompts, on_classes=on_classes, **where)
     counts = ClassificationCounts(len(names))
@@ -266,7 +264,7 @@ def classify_images(
             raise SourceError(f"{path}: {error.strerror}") from error
         except SampleError as error:
             raise SampleError(f"{path}: {error}") from error
-        found = classifier.predict(tower.encode(pixels)[0], top)
+        found = classifier.predict(tower.encode(pixels).unit, top)
         predictions.append(
             ImagePrediction(
                 path=str(path),

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from clipindex.types import ModelInfo, ModelSpec, Preprocess
+from clipindex.types import ModelInfo, ModelSpec, Preprocess, Vectors
 
 
 class PixelEncoder:
@@ -35,7 +35,7 @@ class PixelEncoder:
         blocks = images.reshape(len(images), 4, size, 4, size, 3).astype(np.float32).mean(axis=(2, 4))
         raw = blocks.reshape(len(images), -1) / 255
         norms = np.linalg.norm(raw, axis=1)
-        return raw / np.maximum(norms, 1e-12)[:, None], norms
+        return Vectors(raw / np.maximum(norms, 1e-12)[:, None], norms)
 
 
 @pytest.fixture

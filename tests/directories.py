@@ -4,7 +4,7 @@ import numpy as np
 from conftest import PixelEncoder
 
 from clipindex.store import ShardWriter, open_dataset
-from clipindex.types import Sample, Shard
+from clipindex.types import Sample, Shard, Vectors
 
 INFO = PixelEncoder().info
 
@@ -32,7 +32,7 @@ def write_shard(folder, name, vectors, version="mtime:1", dtype="float16", sizes
             for at in range(first, first + len(part))
         ]  # fmt: skip
         shapes = [(64, 48)] * len(part) if sizes is None else sizes[first : first + 5000]
-        writer.append(samples, part, np.ones(len(part), np.float32), shapes)
+        writer.append(samples, Vectors(part, np.ones(len(part), np.float32)), shapes)
     writer.publish(samples=len(vectors), precision="fp32", decoder="exact", device="cpu", seconds=1.0)
 
 

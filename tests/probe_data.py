@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 
 from clipindex.store import ShardWriter, open_dataset
-from clipindex.types import ModelInfo, ModelSpec, Preprocess, Sample, Shard
+from clipindex.types import ModelInfo, ModelSpec, Preprocess, Sample, Shard, Vectors
 
 
 def model(dim, seed=0):
@@ -55,7 +55,9 @@ def write_directory(folder, raw, labels, *, info=None, shards=2, dtype="float16"
             )
             for row in rows
         ]
-        writer.append(samples, (raw[rows] / norms[rows, None]).astype(np.float32), norms[rows], [(1, 1)] * len(rows))
+        writer.append(
+            samples, Vectors((raw[rows] / norms[rows, None]).astype(np.float32), norms[rows]), [(1, 1)] * len(rows)
+        )
         writer.publish(samples=len(rows), precision="fp32", decoder="exact", device="cpu", seconds=0.0)
     return folder
 

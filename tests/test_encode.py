@@ -133,7 +133,7 @@ def test_towers_agree_with_open_clip(loaded_models, name):
     images = pictures(loaded)
     image, text = plain_loop(loaded, images, TEXTS)
     for precision, bound in (("fp32", 0.999999), ("bf16", 0.9997), ("fp16", 0.99999)):
-        embeddings, norms = ImageTower(loaded, device=CPU, precision=precision).encode(images)
+        embeddings, norms, _ = ImageTower(loaded, device=CPU, precision=precision).encode(images)
         texts = TextTower(loaded, device=CPU, precision=precision).encode(TEXTS)
         assert embeddings.dtype == norms.dtype == texts.dtype == np.float32
         assert cosines(embeddings, image).min() >= bound, precision
@@ -145,7 +145,7 @@ def test_towers_agree_with_open_clip(loaded_models, name):
 def test_norm_is_that_of_the_raw_feature(loaded_models):
     loaded = loaded_models("vit")
     images = pictures(loaded)
-    embeddings, norms = ImageTower(loaded, device=CPU, precision="fp32").encode(images)
+    embeddings, norms, _ = ImageTower(loaded, device=CPU, precision="fp32").encode(images)
     mean, std = (torch.tensor(v)[:, None, None] for v in (loaded.info.preprocess.mean, loaded.info.preprocess.std))
     pixels = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
     with torch.inference_mode():
@@ -197,7 +197,7 @@ def test_memory_that_is_too_small_halves_the_batch_and_loses_no_row(tmp_path, ca
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODELS["vit"]}))
     loaded = load_model(ModelSpec(name=str(folder), random_init=0))
     images = pictures(loaded, 11)
-    whole, norms = ImageTower(loaded, device=CPU, precision="fp32").encode(images)
+    whole, norms, _ = ImageTower(loaded, device=CPU, precision="fp32").encode(images)
 
     def refuse_more_than(limit):
         def hook(module, arguments):
@@ -208,7 +208,7 @@ def test_memory_that_is_too_small_halves_the_batch_and_loses_no_row(tmp_path, ca
 
     handle = refuse_more_than(3)
     tower = ImageTower(loaded, device=CPU, precision="fp32")
-    embeddings, lengths = tower.encode(images)
+    embeddings, lengths, _ = tower.encode(images)
     np.testing.assert_allclose(embeddings, whole, atol=1e-6)
     np.testing.assert_allclose(lengths, norms, rtol=1e-5)
     assert [record.args[1:] for record in caplog.records] == [(11, 5), (5, 2)]
@@ -243,8 +243,8 @@ def test_odd_batches(loaded_models):
     loaded = loaded_models("vit")
     tower = ImageTower(loaded, device=CPU, precision="fp32")
     images = pictures(loaded)
-    expected, _ = tower.encode(images)
-    embeddings, norms = tower.encode(images[:0])
+    expected, _, _ = tower.encode(images)
+    embeddings, norms, _ = tower.encode(images[:0])
     assert (embeddings.shape, norms.shape) == ((0, 64), (0,))
     assert TextTower(loaded, device=CPU, precision="fp32").encode([]).shape == (0, 64)
     frozen = images.copy()
@@ -257,7 +257,7 @@ def test_not_a_number_passes_through(tmp_path):
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODELS["vit"]}))
     loaded = load_model(ModelSpec(name=str(tmp_path), random_init=0))
     loaded.model.visual.proj[0, 0] = torch.nan
-    embeddings, norms = ImageTower(loaded, device=CPU, precision="fp32").encode(pictures(loaded))
+    embeddings, norms, _ = ImageTower(loaded, device=CPU, precision="fp32").encode(pictures(loaded))
     assert np.isnan(norms).all()
     assert np.isnan(embeddings).all()
 
@@ -325,6 +325,84 @@ def test_cuda_agrees_with_the_cpu(loaded_models, name, precision, bound):
     images = pictures(loaded)
     pinned = torch.from_numpy(images).pin_memory()
     image, text = plain_loop(loaded, images, TEXTS)
-    embeddings, _ = ImageTower(loaded, device=device, precision=precision).encode(pinned.numpy())
+    embeddings, _, _ = ImageTower(loaded, device=device, precision=precision).encode(pinned.numpy())
     assert cosines(embeddings, image).min() >= bound
     assert cosines(TextTower(loaded, device=device, precision=precision).encode(TEXTS), text).min() >= bound
+
+
+def features_before_projection(loaded, images):
+    """What goes into the last layer, seen from outside: by a hook, by open_clip's own switch, or undone."""
+    visual = loaded.model.visual
+    preprocess = loaded.info.preprocess
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (preprocess.mean, preprocess.std))
+    seen = []
+    linear = next((getattr(getattr(visual, "head", None), name, None) for name in ("proj", "mlp")), None)
+    if linear is not None:
+        handle = linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    projection = getattr(visual, "proj", None)
+    try:
+        if projection is not None:
+            visual.proj = None
+        with torch.inference_mode():
+            found = visual((pixels - mean) / std)
+    finally:
+        if projection is not None:
+            visual.proj = projection
+        if linear is not None:
+            handle.remove()
+    if seen:
+        return seen[0].numpy()
+    return (found[0] if isinstance(found, tuple) else found).numpy()
+
+
+@pytest.mark.parametrize("name", ["vit", "custom", "coca", "convnext", "batchnorm"])
+def test_features_before_the_projection_are_what_goes_into_it(loaded_models, name):
+    loaded = loaded_models(name)
+    images = pictures(loaded)
+    expected = features_before_projection(loaded, images)
+    both = ImageTower(loaded, device=CPU, precision="fp32", with_pre_projection=True).encode(images)
+    raw = both.pre_projection.unit * both.pre_projection.norms[:, None]
+    assert loaded.pre_projection.dim == expected.shape[1]
+    np.testing.assert_allclose(raw, expected, rtol=2e-4, atol=2e-4 * np.abs(expected).max())
+    alone = load_model(loaded.info.spec, pre_projection=True)
+    alone.model.load_state_dict(loaded.model.state_dict())
+    again = ImageTower(alone, device=CPU, precision="fp32").encode(images)
+    np.testing.assert_array_equal(again.unit, both.pre_projection.unit)
+    assert again.pre_projection is None
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet", "coca", "convnext", "batchnorm"])
+def test_both_kinds_of_features_cost_the_projected_ones_nothing(loaded_models, name):
+    loaded = loaded_models(name)
+    images = pictures(loaded)
+    for precision, bound in (("fp32", 0.9999999), ("bf16", 0.9999)):
+        plain = ImageTower(loaded, device=CPU, precision=precision).encode(images)
+        both = ImageTower(loaded, device=CPU, precision=precision, with_pre_projection=True).encode(images)
+        assert cosines(both.unit, plain.unit).min() >= bound
+        np.testing.assert_allclose(both.norms, plain.norms, rtol=1e-6 if precision == "fp32" else 1e-2)
+
+
+def test_attention_pooling_ends_in_the_projection(loaded_models):
+    """Of a ResNet: the projection of the features before it is what the tower gives."""
+    loaded = loaded_models("resnet")
+    images = pictures(loaded)
+    both = ImageTower(loaded, device=CPU, precision="fp32", with_pre_projection=True).encode(images)
+    last = loaded.model.visual.attnpool.c_proj
+    raw = torch.from_numpy(both.pre_projection.unit * both.pre_projection.norms[:, None])
+    assert raw.shape[1] == last.in_features == loaded.pre_projection.dim
+    np.testing.assert_allclose(last(raw).numpy(), both.unit * both.norms[:, None], rtol=1e-4, atol=1e-4)
+
+
+def test_features_before_a_projection_that_is_none(loaded_models):
+    with pytest.raises(ModelError, match="ends in no projection.* leave --features out"):
+        load_model(loaded_models("siglip").info.spec, pre_projection=True)
+
+
+def test_kinds_of_features_are_told_apart(loaded_models):
+    loaded = loaded_models("vit")
+    before = load_model(loaded.info.spec, pre_projection=True)
+    assert before.info.features == "pre-projection"
+    assert before.info.fingerprint != load_model(loaded.info.spec).info.fingerprint
+    with pytest.raises(ModelError, match="pre-projection features, which share no space with texts"):
+        TextTower(before, device=CPU, precision="fp32")

@@ -101,9 +101,9 @@ def test_a_broken_shard_is_left_out_and_the_others_go_on(tmp_path, corpus):
 def test_embeddings_that_are_no_numbers_are_rejects(tmp_path):
     class Faulty(PixelEncoder):
         def encode(self, images):
-            unit, norms = super().encode(images)
-            norms[0] = np.nan
-            return unit, norms
+            vectors = super().encode(images)
+            vectors.norms[0] = np.nan
+            return vectors
 
     corpus = write_tar(tmp_path / "a.tar", labelled(["a", "b"]))
     (result,) = run(corpus, tmp_path / "out", Faulty())

@@ -22,7 +22,7 @@ from clipindex.store import (
     read_embeddings,
     read_rejects,
 )
-from clipindex.types import Reject, Sample, Shard
+from clipindex.types import Reject, Sample, Shard, Vectors
 
 SHARD = Shard(url="/data/a.tar", name="data-a-00000000", size=9, version="mtime:1")
 REPLACED = dataclasses.replace(SHARD, version="mtime:2")
@@ -45,7 +45,7 @@ def write(folder, number, *, dtype="float16", shard=SHARD, rejects=(), encoder=N
     for first in range(0, number, batch):
         part = vectors[first : first + batch]
         samples = [sample(first + at) for at in range(len(part))]
-        writer.append(samples, part, np.full(len(part), 9.5, np.float32), [(640, 480)] * len(part))
+        writer.append(samples, Vectors(part, np.full(len(part), 9.5, np.float32)), [(640, 480)] * len(part))
     for reject in rejects:
         writer.reject(reject)
     writer.publish(samples=number + len(rejects), precision="fp32", decoder="exact", device="cpu", seconds=1.0)
@@ -114,7 +114,7 @@ def test_nothing_of_an_embedding_is_nullable_or_compressed(tmp_path):
 def test_the_law_is_checked_before_a_shard_appears(tmp_path):
     dataset = open_dataset(tmp_path, PixelEncoder().info, "float16", "test")
     writer = ShardWriter(tmp_path, SHARD, dataset)
-    writer.append([sample(0)], rows(1), np.ones(1, np.float32), [(1, 1)])
+    writer.append([sample(0)], Vectors(rows(1), np.ones(1, np.float32)), [(1, 1)])
     with pytest.raises(StoreError, match="1 rows \\+ 0 rejects are not 2 samples"):
         writer.publish(samples=2, precision="fp32", decoder="exact", device="cpu", seconds=0.0)
     writer.abort()

@@ -13,7 +13,7 @@ from clipindex.encode import TextTower
 from clipindex.errors import ClassesError, FingerprintError, SampleError, SourceError, UsageError
 from clipindex.metrics import ClassificationCounts
 from clipindex.store import ROW_GROUP_ROWS, ShardWriter, open_dataset, published_shards
-from clipindex.types import Sample, Shard
+from clipindex.types import Sample, Shard, Vectors
 from clipindex.zeroshot import ZeroShotClassifier, predict_directory
 
 DIGITS = DATA / "wds_digits"
@@ -158,7 +158,7 @@ def test_progress_is_told_within_row_groups_where_classes_are_many(tmp_path):
     writer = ShardWriter(tmp_path, Shard(url="/x.tar", name="x", size=0, version=""),
                          open_dataset(tmp_path, info, "float16", "test"))  # fmt: skip
     samples = [Sample(key=f"k{at}", member="", image=b"", tar_offset=0, label=int(of)) for at, of in enumerate(wanted)]
-    writer.append(samples, vectors[wanted], np.ones(num_rows, np.float32), [(1, 1)] * num_rows)
+    writer.append(samples, Vectors(vectors[wanted], np.ones(num_rows, np.float32)), [(1, 1)] * num_rows)
     writer.publish(samples=num_rows, precision="fp32", decoder="exact", device="cpu", seconds=0.0)
     told, counts = [], ClassificationCounts(num_classes)
     classifier = ZeroShotClassifier(list(map(str, range(num_classes))), vectors, info)

@@ -16,7 +16,7 @@ from clipindex.embed_job import embed
 from clipindex.encode import ImageTower
 from clipindex.shards import list_shards, read_samples
 from clipindex.store import ShardWriter, open_dataset
-from clipindex.types import ModelInfo, ModelSpec, Preprocess, Sample, Shard
+from clipindex.types import ModelInfo, ModelSpec, Preprocess, Sample, Shard, Vectors
 from clipindex.version import CREATED_BY
 
 WRITE_ROWS = 32_768
@@ -130,7 +130,7 @@ def measure_write(folder: Path, info: ModelInfo) -> Measurement:
         shard = Shard(url=str(folder / "0.tar"), name="0", size=0, version=str(next(versions)))
         writer = ShardWriter(folder, shard, dataset)
         for _ in range(WRITE_ROWS // WRITE_BATCH):
-            writer.append(samples, embeddings, np.ones(WRITE_BATCH, np.float32), [(1, 1)] * WRITE_BATCH)
+            writer.append(samples, Vectors(embeddings, np.ones(WRITE_BATCH, np.float32)), [(1, 1)] * WRITE_BATCH)
         writer.publish(samples=WRITE_ROWS, precision="fp32", decoder="exact", device="cpu", seconds=0.0)
         return WRITE_ROWS
 

@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 @click.argument("sources", nargs=-1, required=True, metavar="SHARDS...")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Embedding directory.")
 @model_options(required=True)
+@click.option(
+    "--features",
+    type=click.Choice(["projected", "pre-projection", "both"]),
+    default="projected",
+    show_default=True,
+    help="Of a CLIP tower, before or after its last linear layer; texts need projected.",
+)
 @apply(embed_options)
 @json_option
 def embed(sources: tuple[str, ...], out: Path, max_reject_rate: float, as_json: bool, **options: Any) -> int:  # noqa: ANN401

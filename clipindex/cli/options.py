@@ -31,9 +31,9 @@ def spec_options(*, required: bool) -> list[Callable[[Command], Command]]:
         click.option(
             "--model",
             required=required,
-            help="open_clip architecture, hf-hub:ORG/REPO, local-dir:PATH, a model directory, or demo.",
+            help="open_clip architecture, hf-hub:ORG/REPO, local-dir:PATH, a model directory, timm:BACKBONE, or demo.",
         ),
-        click.option("--pretrained", help="open_clip tag, or a local .safetensors/.pt file, for an architecture name."),
+        click.option("--pretrained", help="Tag, or a local .safetensors/.pt file, for an architecture name."),
         click.option(
             "--random-init",
             type=click.IntRange(0, 2**63 - 1),

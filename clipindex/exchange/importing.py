@@ -26,7 +26,7 @@ from clipindex.store import (
     plan_shards,
     published_shards,
 )
-from clipindex.types import ModelSpec, Reject, Sample, Shard
+from clipindex.types import ModelSpec, Reject, Sample, Shard, Vectors
 from clipindex.urls import stat_source
 from clipindex.version import CREATED_BY
 
@@ -270,4 +270,4 @@ def _append(writer: ShardWriter, block: Rows, found: UnitVectors, kept: list[int
     ]
     if samples:
         norms = np.where(is_said, said, found.lengths)
-        writer.append(samples, found.unit[kept], norms[kept], [block.sizes[at] for at in kept])
+        writer.append(samples, Vectors(found.unit[kept], norms[kept]), [block.sizes[at] for at in kept])

@@ -29,7 +29,6 @@ from clipindex.nearest import compare_shards, ids_of
 from clipindex.recall import draw_rows, read_drawn
 from clipindex.store import (
     Dataset,
-    check_fingerprint,
     published_shards,
     read_dataset,
     read_embeddings,
@@ -221,10 +220,9 @@ def _embed_prompts(
         return None
     # Two seconds that an index without prompts need not wait for.
     from clipindex.encode import TextTower
-    from clipindex.models import load_model
+    from clipindex.models import load_model_of
 
-    loaded = load_model(model or dataset.model.spec)
-    check_fingerprint(folder, dataset.model, loaded.info)
+    loaded = load_model_of(folder, dataset.model, model)
     chosen = choose_device(device)
     return TextTower(loaded, device=chosen, precision=choose_precision(precision, chosen)).encode(list(prompts))
 

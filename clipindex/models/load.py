@@ -6,14 +6,12 @@ given.
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import open_clip
 import open_clip.convert
@@ -21,21 +19,21 @@ import open_clip.model
 import open_clip.tokenizer
 import open_clip.transform
 import torch
-from torch.overrides import TorchFunctionMode
 
 from clipindex.errors import ModelError
 from clipindex.models.checkpoints import Config, Tensors, read_tensors
 from clipindex.models.hf_clip import is_transformers_layout
+from clipindex.models.projection import projected_width
 from clipindex.models.recipes import Recipe, canonical_architecture, resolve
+from clipindex.models.timm_backbones import TIMM_PREFIX, load_backbone
+from clipindex.models.weights import drawing, fill, fingerprint
+from clipindex.store import check_fingerprint
 from clipindex.types import ModelInfo, ModelSpec, Preprocess
 
 log = logging.getLogger(__name__)
 
 Tokenize = Callable[[Sequence[str]], torch.Tensor]
 """Texts to token numbers, int64 [N, context length]."""
-
-_MAX_NAMES = 3
-_HASH_THREADS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,24 +44,71 @@ class LoadedModel:
     """Both towers: fp32, on the CPU, in eval mode, no gradients."""
     info: ModelInfo
     """What every embedding of this model shares."""
+    pre_projection: ModelInfo | None
+    """The same of its features before the projection; None where there are none."""
     tokenize: Tokenize
     """Texts to int64 token numbers [N, context length]; the tokenizer is built at the first call."""
 
+    def before_projection(self) -> ModelInfo:
+        """`pre_projection`.
 
-def load_model(spec: ModelSpec) -> LoadedModel:
-    """Load any model that open_clip can represent.
+        Raises:
+            ModelError: there are none.
+        """
+        if self.pre_projection is None:
+            raise ModelError(
+                f"{self.info.spec.name}: its image tower ends in no projection, so there are no features before it;"
+                " leave --features out"
+            )
+        return self.pre_projection
+
+
+def load_model(spec: ModelSpec, *, pre_projection: bool = False) -> LoadedModel:
+    """Load any model that open_clip can represent, or a backbone of timm's.
 
     Args:
         spec: An architecture of open_clip's with a pretrained tag, a weights file or a seed;
-            `hf-hub:ORG/REPO` or a directory, in open_clip's or transformers' layout; or 'demo'.
+            `hf-hub:ORG/REPO` or a directory, in open_clip's or transformers' layout; `timm:BACKBONE`; or 'demo'.
+        pre_projection: Let `info` be of the features before the projection.
 
     Returns:
         The model, its description and its tokenizer. The global random state is left as it was.
 
     Raises:
         ModelError: anything that keeps the weights from being exactly the ones asked for, used as they were
-            trained.
+            trained; or there is no projection.
     """
+    loaded = _load_backbone(spec) if spec.name.startswith(TIMM_PREFIX) else _load_clip(spec)
+    return replace(loaded, info=loaded.before_projection()) if pre_projection else loaded
+
+
+def load_model_of(folder: Path, found: ModelInfo, spec: ModelSpec | None = None) -> LoadedModel:
+    """Load the model that made a directory's embeddings.
+
+    Args:
+        folder: The directory.
+        found: What it says of its model.
+        spec: How to load it, where what it says does not lead to the weights on this machine.
+
+    Raises:
+        ModelError: as `load_model`.
+        FingerprintError: it is another model.
+    """
+    loaded = load_model(spec or found.spec, pre_projection=found.features == "pre-projection")
+    check_fingerprint(folder, found, loaded.info)
+    return loaded
+
+
+def _load_backbone(spec: ModelSpec) -> LoadedModel:
+    model, info = load_backbone(spec)
+
+    def tokenize(texts: Sequence[str]) -> torch.Tensor:
+        raise ModelError(f"{spec.name} knows no texts")
+
+    return LoadedModel(model=model, info=info, pre_projection=None, tokenize=tokenize)
+
+
+def _load_clip(spec: ModelSpec) -> LoadedModel:
     try:
         recipe = resolve(spec)
         model = _build(recipe)
@@ -79,55 +124,29 @@ def load_model(spec: ModelSpec) -> LoadedModel:
     scale, bias = model.logit_scale, model.logit_bias
     info = ModelInfo(
         spec=recipe.spec,
-        fingerprint=fingerprint(recipe.model_cfg, model, preprocess),
+        fingerprint=_fingerprint(recipe, model, preprocess),
         dim=recipe.model_cfg["embed_dim"],
         preprocess=preprocess,
         logit_scale=float(scale.exp()),
         logit_bias=None if bias is None else float(bias),
     )
-    return LoadedModel(model=model, info=info, tokenize=_lazy_tokenize(recipe))
+    return LoadedModel(
+        model=model, info=info, pre_projection=_before_projection(model, info), tokenize=_lazy_tokenize(recipe)
+    )
 
 
-def fingerprint(model_cfg: Config, model: torch.nn.Module, preprocess: Preprocess) -> str:
-    """Identity of the numbers that a model computes.
-
-    Args:
-        model_cfg: open_clip's architecture, in any spelling.
-        model: Its fp32 weights.
-        preprocess: The transform that belongs to them.
-
-    Returns:
-        64 hex digits: sha256 over canonical JSON of the architecture, of [name, shape, sha256 of the bytes]
-        of each weight in name order, and of the preprocessing. File format, storage dtype, precision and name
-        do not enter.
-    """
-    # One tower class prefixes its text weights and the other does not; the number of training steps seen by a
-    # BatchNorm embeds nothing.
-    weights = {
-        name.removeprefix("text."): tensor
-        for name, tensor in model.state_dict().items()
-        if not name.endswith("num_batches_tracked")
-    }
-    names = sorted(weights)
-    with ThreadPoolExecutor(_HASH_THREADS) as pool:  # hashlib releases the GIL
-        digests = list(pool.map(_digest, (weights[name] for name in names)))
-    listing = [[name, list(weights[name].shape), digest] for name, digest in zip(names, digests, strict=True)]
-    identity = [canonical_architecture(model_cfg), listing, asdict(preprocess)]
-    text = json.dumps(_plain(identity), sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+def _before_projection(model: open_clip.CLIP, info: ModelInfo) -> ModelInfo | None:
+    width = projected_width(model.visual)
+    if width is None:
+        return None
+    identity = hashlib.sha256(f"{info.fingerprint} pre-projection".encode()).hexdigest()
+    return replace(info, dim=width, fingerprint=identity, features="pre-projection")
 
 
-def _digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.detach().reshape(-1).contiguous().numpy().data).hexdigest()
-
-
-def _plain(value: object) -> object:
-    """JSON types alone, every number a float, so that 4 and 4.0, (1, 2) and [1, 2] read the same."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+def _fingerprint(recipe: Recipe, model: torch.nn.Module, preprocess: Preprocess) -> str:
+    # One tower class prefixes its text weights and the other does not.
+    weights = {name.removeprefix("text."): tensor for name, tensor in model.state_dict().items()}
+    return fingerprint(canonical_architecture(recipe.model_cfg), weights, preprocess)
 
 
 def _build(recipe: Recipe) -> open_clip.CLIP:
@@ -139,32 +158,11 @@ def _build(recipe: Recipe) -> open_clip.CLIP:
     kind = open_clip.CLIP
     if custom:
         kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
-    with torch.random.fork_rng(devices=[]), nullcontext() if recipe.spec.random_init is not None else _Unfilled():
-        # Not torch.manual_seed, which would reseed the accelerators too.
-        torch.default_generator.manual_seed(recipe.spec.random_init or 0)
+    with drawing(recipe.spec.random_init):
         try:
             return kind(**config).float()
         except Exception as error:  # open_clip asserts, and timm and transformers raise their own kinds
             raise ModelError(_cannot_build(recipe, error)) from error
-
-
-class _Unfilled(TorchFunctionMode):
-    """Leaves out drawing the numbers that trained weights overwrite, most of a large model's building time."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., object],
-        types: Sequence[type],
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
-    ) -> object:
-        named = kwargs or {}
-        # torch.nn.init's own functions name their tensor; timm draws with the tensor's methods.
-        if getattr(func, "__module__", None) == "torch.nn.init" and "tensor" in named:
-            return named["tensor"]
-        if func in (torch.Tensor.normal_, torch.Tensor.uniform_, torch.Tensor.erfinv_):
-            return args[0]
-        return func(*args, **named)
 
 
 def _cannot_build(recipe: Recipe, error: Exception) -> str:
@@ -186,8 +184,7 @@ def _fit(model: open_clip.CLIP, recipe: Recipe) -> None:
     if recipe.may_resize:
         open_clip.model.resize_pos_embed(tensors, model)
         open_clip.model.resize_text_pos_embed(tensors, model)
-    _refuse_misfits(model, tensors, f"{file} does not fit {recipe.origin}")
-    model.load_state_dict(tensors, strict=False)
+    fill(model, tensors, f"{file} does not fit {recipe.origin}")
 
 
 def _in_spelling_of(model: open_clip.CLIP, tensors: Tensors) -> Tensors:
@@ -200,24 +197,6 @@ def _in_spelling_of(model: open_clip.CLIP, tensors: Tensors) -> Tensors:
         if name in tensors and name in expected and tensors[name].numel() == 1:
             tensors[name] = tensors[name].reshape(expected[name].shape)
     return {name: t for name, t in tensors.items() if name in expected or not name.endswith(".position_ids")}
-
-
-def _refuse_misfits(model: open_clip.CLIP, tensors: Tensors, what: str) -> None:
-    expected = model.state_dict()
-    shapes = [
-        f"{name} is {list(tensors[name].shape)}, not {list(expected[name].shape)}"
-        for name in sorted(expected.keys() & tensors.keys())
-        if tensors[name].shape != expected[name].shape
-    ]
-    missing = sorted(n for n in expected.keys() - tensors.keys() if not n.endswith("num_batches_tracked"))
-    unexpected = sorted(tensors.keys() - expected.keys())
-    problems = [
-        f"{len(names)} {problem} ({', '.join(names[:_MAX_NAMES])}{', ...' if len(names) > _MAX_NAMES else ''})"
-        for problem, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if names
-    ]
-    if problems:
-        raise ModelError(f"{what}: {'; '.join(problems)}; name the architecture that these weights were trained with")
 
 
 def _preprocess(model: open_clip.CLIP, recipe: Recipe) -> Preprocess:

@@ -7,7 +7,7 @@ and never has to be restored. Batches span shards.
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from clipindex.types import Float32Array, Reject, Sample, Shard, UInt8Array
+from clipindex.types import Reject, Sample, Shard, UInt8Array, Vectors
 
 EVENTS_PER_SLOT = 4
 """A batch is sent on when it has this many events a slot, so that a tar full of rejects cannot fill memory."""
@@ -74,9 +74,9 @@ class EncodedBatch:
 
     events: list[Event]
     outcomes: list[Outcome]
-    """For each slot, as the next two; a slot without pixels has an embedding of whatever lay there."""
-    embeddings: Float32Array
-    norms: Float32Array
+    """For each slot, as the next; a slot without pixels has an embedding of whatever lay there."""
+    vectors: Vectors | None
+    """None where no slot has pixels."""
 
 
 def sample_reject(sample: Sample, stage: str, reason: str) -> Reject:

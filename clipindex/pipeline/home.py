@@ -13,7 +13,7 @@ from clipindex.errors import StoreError
 from clipindex.pipeline.batch import EncodedBatch, ShardEnd, Slot, sample_reject
 from clipindex.stages import StageClock
 from clipindex.store import Dataset, ShardRecord, ShardWriter
-from clipindex.types import ImageEncoder, Reject, Shard
+from clipindex.types import ImageEncoder, Reject, Shard, Vectors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,14 +103,18 @@ class Home:
             outcome = batch.outcomes[slot.index]
             if isinstance(outcome, Reject):
                 self._reject_home(outcome)
-            elif not np.isfinite(batch.norms[slot.index]) or batch.norms[slot.index] == 0:
-                self._reject_home(sample_reject(slot.sample, "encode", f"embedding of norm {batch.norms[slot.index]}"))
-            else:
+                continue
+            assert batch.vectors is not None
+            norm = _worst_norm(batch.vectors, slot.index)
+            if np.isfinite(norm) and norm > 0:
                 rows.append(slot)
+            else:
+                self._reject_home(sample_reject(slot.sample, "encode", f"embedding of norm {norm}"))
         if rows:
+            assert batch.vectors is not None
             at = [slot.index for slot in rows]
             sizes = [size for index in at if not isinstance(size := batch.outcomes[index], Reject)]
-            self._writer.append([slot.sample for slot in rows], batch.embeddings[at], batch.norms[at], sizes)
+            self._writer.append([slot.sample for slot in rows], batch.vectors.take(at), sizes)
         self._rows += len(rows)
         last = run[-1].sample
         self._position = (last.tar_offset or 0) + len(last.image)
@@ -142,3 +146,12 @@ class Home:
             writer.abort()
             raise
         return ShardResult(shard=end.shard, record=record, error=None, reject_stages=self._stages, is_ours=is_ours)
+
+
+def _worst_norm(vectors: Vectors, row: int) -> np.float32:
+    """Of an image's one or two vectors, that which is no number or nothing, if one is."""
+    norms = [vectors.norms[row]]
+    if vectors.pre_projection is not None:
+        norms.append(vectors.pre_projection.norms[row])
+    worst: np.float32 = min(norms, key=lambda norm: np.isfinite(norm) and norm > 0)
+    return worst

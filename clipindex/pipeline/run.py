@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-
 from clipindex.decode import MAX_PIXELS, decode_image
 from clipindex.pipeline.alone import LoneDecoder
 from clipindex.pipeline.batch import Batch, EncodedBatch
@@ -30,10 +28,10 @@ from clipindex.shards import MAX_BYTES
 from clipindex.stages import StageClock, StageTimes, stage_times
 from clipindex.store import Dataset, published_record
 from clipindex.threads import merge, num_cores, prefetch
-from clipindex.types import Float32Array, ImageEncoder, Reject, Shard, UInt8Array
+from clipindex.types import ImageEncoder, Reject, Shard, UInt8Array, Vectors
 
 Item = TypeVar("Item")
-Encode = Callable[[UInt8Array], tuple[Float32Array, Float32Array]]
+Encode = Callable[[UInt8Array], Vectors]
 """As `ImageEncoder.encode`."""
 
 BATCHES_AHEAD = 2
@@ -179,7 +177,7 @@ def _embed_on(
         # In flight at once: those ahead, one being laid, one waiting for the queue, one in the encoder.
         buffers = [encoder.new_batch(batch_size) for _ in range(BATCHES_AHEAD + 3)]
         batches = clock.timed("read", laid(stages[0], buffers, pool))
-        encoded = prefetch(_encode(prefetch(batches, BATCHES_AHEAD), stages[1], encoder.info.dim, clock), 1)
+        encoded = prefetch(_encode(prefetch(batches, BATCHES_AHEAD), stages[1], clock), 1)
         try:
             yield from home.receive(encoded, clock)
         finally:
@@ -200,7 +198,7 @@ def _taking_turns(decode: Decode, encode: Encode) -> tuple[Decode, Encode]:
         free.wait()
         return decode(data, out, is_suspect)
 
-    def encode_in_turn(images: UInt8Array) -> tuple[Float32Array, Float32Array]:
+    def encode_in_turn(images: UInt8Array) -> Vectors:
         free.clear()
         try:
             return encode(images)
@@ -210,13 +208,11 @@ def _taking_turns(decode: Decode, encode: Encode) -> tuple[Decode, Encode]:
     return decode_in_turn, encode_in_turn
 
 
-def _encode(
-    batches: Generator[Batch, None, None], encode: Encode, dim: int, clock: StageClock
-) -> Iterator[EncodedBatch]:
+def _encode(batches: Generator[Batch, None, None], encode: Encode, clock: StageClock) -> Iterator[EncodedBatch]:
     with contextlib.closing(clock.timed("wait", decoded(batches, clock))) as ready:
         for batch, outcomes in ready:
-            embeddings, norms = np.empty((0, dim), np.float32), np.empty(0, np.float32)
+            vectors = None
             if any(not isinstance(outcome, Reject) for outcome in outcomes):
                 with clock.timing("encode"):
-                    embeddings, norms = encode(batch.images[: batch.used])
-            yield EncodedBatch(batch.events, outcomes, embeddings, norms)
+                    vectors = encode(batch.images[: batch.used])
+            yield EncodedBatch(batch.events, outcomes, vectors)

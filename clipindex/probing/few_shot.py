@@ -19,7 +19,6 @@ from clipindex.probing.protocols import README_C, Setting, pose, search_c
 from clipindex.probing.rows import Held, Ids, random_ranks
 from clipindex.probing.task import Task, TestRows, pose_task
 from clipindex.prompts import embed_classes, read_templates
-from clipindex.store import check_fingerprint
 from clipindex.types import ModelSpec
 
 CURVE_FILE = "few_shot.json"
@@ -222,10 +221,9 @@ def _zero_shot(
     """Top-1 accuracy of the nearest class prompt among the probe's classes: it is a linear classifier, too."""
     # Here, since loading open_clip takes longer than training does, and only names need it.
     from clipindex.encode import TextTower
-    from clipindex.models import load_model
+    from clipindex.models import load_model_of
 
-    loaded = load_model(model or task.model.spec)
-    check_fingerprint(task.folder, task.model, loaded.info)
+    loaded = load_model_of(task.folder, task.model, model)
     tower = TextTower(loaded, device=task.device, precision=choose_precision(precision, task.device))
     weights = torch.from_numpy(embed_classes(tower, names, templates)).to(task.device) * task.model.logit_scale
     num_classes = len(task.classes)

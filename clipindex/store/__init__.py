@@ -10,12 +10,15 @@ Row id = (shard, row). The footer of each embeddings file carries, under the key
 from clipindex.store.dataset import (
     DTYPES,
     IMPORTED,
+    NORM_COLUMNS,
+    PRE_PROJECTION,
     ROW_GROUP_ROWS,
     Dataset,
     ShardRecord,
     check_fingerprint,
     describe_model,
     open_dataset,
+    parse_model_info,
     read_dataset,
 )
 from clipindex.store.plan import Plan, plan_shards
@@ -37,6 +40,8 @@ from clipindex.store.write import AtomicParquet, ShardWriter
 __all__ = [
     "DTYPES",
     "IMPORTED",
+    "NORM_COLUMNS",
+    "PRE_PROJECTION",
     "ROW_GROUP_ROWS",
     "AtomicParquet",
     "Dataset",
@@ -49,6 +54,7 @@ __all__ = [
     "check_fingerprint",
     "describe_model",
     "open_dataset",
+    "parse_model_info",
     "plan_shards",
     "published_record",
     "published_shards",

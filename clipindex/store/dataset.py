@@ -16,6 +16,10 @@ ROW_GROUP_ROWS = 16_384
 """16 MiB of 512 float16: read back at 870k rows/s, where groups of 200k rows give 180k (page-faulting fresh memory)."""
 DTYPES = ("float16", "float32")
 FOOTER_KEY = b"clipindex"
+PRE_PROJECTION = "pre_projection"
+"""The column of features before the projection."""
+NORM_COLUMNS = {"embedding": "norm", PRE_PROJECTION: "pre_projection_norm"}
+"""What a vector's length was before it was brought to one, by the vector's column."""
 IMPORTED = "imported"
 """The decoder of shards whose vectors another program made."""
 
@@ -30,6 +34,15 @@ class Dataset:
     """Of the embedding column: 'float16' or 'float32'."""
     created_by: str
     """Program and version."""
+    pre_projection: ModelInfo | None = None
+    """Of the column of that name: the model's features before its projection, where they were embedded as well."""
+
+    def column_of(self, fingerprint: str) -> str | None:
+        """The column of vectors that have a fingerprint; None where there is none."""
+        columns = {self.model.fingerprint: "embedding"}
+        if self.pre_projection is not None:
+            columns[self.pre_projection.fingerprint] = PRE_PROJECTION
+        return columns.get(fingerprint)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,13 +76,14 @@ class ShardRecord:
         return self.decoder == IMPORTED
 
 
-def embedding_schema(dim: int, dtype: str) -> pa.Schema:
+def embedding_schema(dataset: Dataset) -> pa.Schema:
     """Arrow schema of an embeddings file; no part of an embedding is nullable, which quintuples reading speed."""
-    element = pa.float16() if dtype == "float16" else pa.float32()
+    element = pa.field("element", pa.float16() if dataset.dtype == "float16" else pa.float32(), nullable=False)
+    before = dataset.pre_projection
     return pa.schema(
         [
             pa.field("key", pa.string(), nullable=False),
-            pa.field("embedding", pa.list_(pa.field("element", element, nullable=False), dim), nullable=False),
+            pa.field("embedding", pa.list_(element, dataset.model.dim), nullable=False),
             pa.field("norm", pa.float32(), nullable=False),
             pa.field("label", pa.int32()),
             pa.field("caption", pa.string()),
@@ -79,6 +93,14 @@ def embedding_schema(dim: int, dtype: str) -> pa.Schema:
             pa.field("tar_offset", pa.int64()),
             pa.field("tar_size", pa.int64(), nullable=False),
         ]
+        + (
+            []
+            if before is None
+            else [
+                pa.field(PRE_PROJECTION, pa.list_(element, before.dim), nullable=False),
+                pa.field(NORM_COLUMNS[PRE_PROJECTION], pa.float32(), nullable=False),
+            ]
+        )
     )
 
 
@@ -93,20 +115,30 @@ REJECT_SCHEMA = pa.schema(
 )
 
 
-def open_dataset(folder: Path, model: ModelInfo, dtype: str, created_by: str) -> Dataset:
+def open_dataset(
+    folder: Path, model: ModelInfo, dtype: str, created_by: str, pre_projection: ModelInfo | None = None
+) -> Dataset:
     """Make a directory the home of one model's embeddings, or check that it is already.
 
     Raises:
         FingerprintError: It holds another model's embeddings; both are named.
-        StoreError: It holds embeddings of another dtype, or dataset.json is damaged.
+        StoreError: It holds embeddings of another dtype, or other columns of them, or dataset.json is damaged.
     """
-    wanted = Dataset(format_version=FORMAT_VERSION, model=model, dtype=dtype, created_by=created_by)
+    wanted = Dataset(
+        format_version=FORMAT_VERSION, model=model, dtype=dtype, created_by=created_by, pre_projection=pre_projection
+    )
     document = json.dumps(asdict(wanted), indent=2).encode() + b"\n"
     create_exclusive(folder / "dataset.json", document)
     found = read_dataset(folder)
     check_fingerprint(folder, found.model, model)
     if found.dtype != dtype:
         raise StoreError(f"{folder} holds {found.dtype} embeddings; pass --dtype {found.dtype} or another --out")
+    if found.pre_projection != pre_projection:
+        has = "also" if found.pre_projection else "no"
+        option = "both" if found.pre_projection else "projected"
+        raise StoreError(
+            f"{folder} holds {has} features before the projection; pass --features {option} or another --out"
+        )
     remove_stale_temporaries(folder)
     remove_stale_temporaries(folder / "embeddings")
     remove_stale_temporaries(folder / "rejects")
@@ -132,12 +164,22 @@ def read_dataset(folder: str | Path) -> Dataset:
             raise StoreError(f"{path} is damaged: it has no format version; restore it, or embed into a new directory")
         raise StoreError(f"{path}: format version {found}; this clipindex reads version {FORMAT_VERSION}")
     try:
-        return replace(Dataset(**document), model=_model_info(document["model"]))
-    except (TypeError, KeyError, ValueError) as error:
+        before = document.get("pre_projection")
+        return replace(
+            Dataset(**document),
+            model=parse_model_info(document["model"]),
+            pre_projection=None if before is None else parse_model_info(before),
+        )
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise StoreError(f"{path} lacks what it should hold ({error}); restore it") from error
 
 
-def _model_info(document: dict[str, Any]) -> ModelInfo:
+def parse_model_info(document: dict[str, Any]) -> ModelInfo:
+    """What `dataclasses.asdict` made of a `ModelInfo`, after a way through JSON.
+
+    Raises:
+        TypeError, KeyError, ValueError, AttributeError: It is something else.
+    """
     preprocess: dict[str, Any] = {
         field: tuple(value) if isinstance(value, list) else value for field, value in document["preprocess"].items()
     }
@@ -161,4 +203,8 @@ def describe_model(model: ModelInfo) -> str:
     """One phrase for a person: name, weights, dimensions, short fingerprint."""
     spec = model.spec
     weights = f"random weights, seed {spec.random_init}" if spec.random_init is not None else spec.pretrained
-    return f"{spec.name}{f' ({weights})' if weights else ''} [{model.dim}-d, fingerprint {model.fingerprint[:12]}]"
+    features = ", before the projection" if model.features == "pre-projection" else ""
+    return (
+        f"{spec.name}{f' ({weights})' if weights else ''}"
+        f" [{model.dim}-d{features}, fingerprint {model.fingerprint[:12]}]"
+    )

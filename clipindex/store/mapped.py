@@ -20,11 +20,12 @@ _PAGE_HEADER_BYTES = 128
 class MappedVectors:
     """The vectors of each row group of an embeddings file; the file stays mapped while they are in use."""
 
-    def __init__(self, path: Path, file: pq.ParquetFile, dim: int, dtype: str) -> None:
+    def __init__(self, path: Path, file: pq.ParquetFile, dtype: str, column: str = "embedding") -> None:
         self._file = file
-        self._dim = dim
+        self._name = column
+        self._dim: int = file.schema_arrow.field(column).type.list_size
         self._dtype = np.dtype(dtype)
-        self._column = file.schema_arrow.names.index("embedding")
+        self._column = file.schema_arrow.names.index(column)
         with open(path, "rb") as opened:
             empty = not os.fstat(opened.fileno()).st_size
             # A copy on write, which nobody writes to: PyTorch takes no read-only memory.
@@ -71,7 +72,7 @@ class MappedVectors:
         return values.reshape(metadata.num_rows, self._dim)
 
     def _decoded(self, group: int) -> np.ndarray[Any, Any]:
-        column = self._file.read_row_group(group, columns=["embedding"], use_threads=False).column(0)
+        column = self._file.read_row_group(group, columns=[self._name], use_threads=False).column(0)
         flat = [chunk.flatten() for chunk in column.chunks]
         # Through the buffers, since Arrow's own views are read-only.
         parts = [np.frombuffer(each.buffers()[1], self._dtype)[each.offset : each.offset + len(each)] for each in flat]

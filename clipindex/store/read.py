@@ -135,7 +135,7 @@ def read_rejects(folder: str | Path, name: str) -> pa.Table:
 
 
 def read_embeddings(
-    folder: str | Path, columns: Sequence[str] = (), names: Sequence[str] | None = None
+    folder: str | Path, columns: Sequence[str] = (), names: Sequence[str] | None = None, vectors: str = "embedding"
 ) -> Iterator[EmbeddingBatch]:
     """Stream a directory's rows, shard by shard in name order and row group by row group.
 
@@ -143,6 +143,7 @@ def read_embeddings(
         folder: The embedding directory.
         columns: What to read beside the embeddings: any of the schema's columns.
         names: Shards to read; all published ones by default.
+        vectors: The column that is given as `EmbeddingBatch.embedding`; see `Dataset.column_of`.
 
     Yields:
         At most 2 x `ROW_GROUP_ROWS` rows at a time; nothing of earlier batches is kept.
@@ -162,7 +163,7 @@ def read_embeddings(
                 f"{path} has fingerprint {record.fingerprint[:12]}, its directory {dataset.model.fingerprint[:12]};"
                 " delete it and embed its tar again"
             )
-        yield from _read_file(path, record, dataset, columns)
+        yield from _read_file(path, record, dataset, columns, vectors)
 
 
 def check_cosines(batch: EmbeddingBatch, cosines: np.ndarray[Any, Any]) -> None:
@@ -261,13 +262,15 @@ def read_columns(
                 raise _damaged(embeddings / f"{name}.parquet", error) from None
 
 
-def _read_file(path: Path, record: ShardRecord, dataset: Dataset, columns: Sequence[str]) -> Iterator[EmbeddingBatch]:
+def _read_file(
+    path: Path, record: ShardRecord, dataset: Dataset, columns: Sequence[str], vectors: str
+) -> Iterator[EmbeddingBatch]:
     row = 0
     with _open_parquet(path) as file:
-        vectors = _map_vectors(path, file, dataset)
+        mapped = _map_vectors(path, file, dataset, vectors)
         for group in range(file.num_row_groups):
             try:
-                embedding = vectors.group(group)
+                embedding = mapped.group(group)
                 table = file.read_row_group(group, columns=list(columns), use_threads=False).combine_chunks()
             except _DAMAGE as error:
                 raise _damaged(path, error) from None
@@ -282,10 +285,11 @@ def _read_file(path: Path, record: ShardRecord, dataset: Dataset, columns: Seque
             row += len(embedding)
 
 
-def _map_vectors(path: Path, file: pq.ParquetFile, dataset: Dataset) -> MappedVectors:
-    if not file.schema_arrow.equals(embedding_schema(dataset.model.dim, dataset.dtype)):
-        raise StoreError(f"{path}: columns are not those of {dataset.model.dim}-d {dataset.dtype} embeddings")
-    return MappedVectors(path, file, dataset.model.dim, dataset.dtype)
+def _map_vectors(path: Path, file: pq.ParquetFile, dataset: Dataset, column: str = "embedding") -> MappedVectors:
+    if not file.schema_arrow.equals(embedding_schema(dataset)):
+        before = "" if dataset.pre_projection is None else f" and {dataset.pre_projection.dim}-d pre-projection"
+        raise StoreError(f"{path}: columns are not those of {dataset.model.dim}-d{before} {dataset.dtype} embeddings")
+    return MappedVectors(path, file, dataset.dtype, column)
 
 
 def _damaged(path: Path, error: Exception) -> Exception:

@@ -14,6 +14,8 @@ from clipindex.atomic import AtomicFile, exclusively
 from clipindex.errors import StoreError
 from clipindex.store.dataset import (
     FOOTER_KEY,
+    NORM_COLUMNS,
+    PRE_PROJECTION,
     REJECT_SCHEMA,
     ROW_GROUP_ROWS,
     Dataset,
@@ -21,7 +23,7 @@ from clipindex.store.dataset import (
     embedding_schema,
 )
 from clipindex.store.read import published_record
-from clipindex.types import Float32Array, Reject, Sample, Shard
+from clipindex.types import Float32Array, Reject, Sample, Shard, Vectors
 
 PENDING_BYTES = 64 << 20
 """Rows are written out at this size as well: captions may be of any length."""
@@ -75,7 +77,7 @@ class ShardWriter:
         self._folder = folder
         self._shard = shard
         self._dataset = dataset
-        self._schema = embedding_schema(dataset.model.dim, dataset.dtype)
+        self._schema = embedding_schema(dataset)
         self._rejects = _RejectsWriter(folder / "rejects" / f"{shard.name}.parquet")
         self._pending: list[pa.RecordBatch] = []
         self._rows = 0
@@ -86,17 +88,14 @@ class ShardWriter:
     def append(
         self,
         samples: Sequence[Sample],
-        embeddings: Float32Array,
-        norms: Float32Array,
+        vectors: Vectors,
         sizes: Sequence[tuple[int, int]],
     ) -> None:
-        """Add rows: samples [n], unit embeddings [n, D], norms [n], source (width, height) [n]."""
-        element = self._schema.field("embedding").type.value_type.to_pandas_dtype()
-        flat = pa.array(embeddings.astype(element).reshape(-1))
+        """Add n rows: their samples, their vectors, and (width, height) of their images."""
         columns = [
             pa.array([sample.key for sample in samples], pa.string()),
-            pa.FixedSizeListArray.from_arrays(flat, type=self._schema.field("embedding").type),
-            pa.array(norms, pa.float32()),
+            self._lists("embedding", vectors.unit),
+            pa.array(vectors.norms, pa.float32()),
             pa.array([sample.label for sample in samples], pa.int32()),
             pa.array([sample.caption for sample in samples], pa.string()),
             pa.array([sample.meta for sample in samples], pa.string()),
@@ -105,6 +104,9 @@ class ShardWriter:
             pa.array([sample.tar_offset for sample in samples], pa.int64()),
             pa.array([len(sample.image) for sample in samples], pa.int64()),
         ]
+        if vectors.pre_projection is not None:
+            columns.append(self._lists(PRE_PROJECTION, vectors.pre_projection.unit))
+            columns.append(pa.array(vectors.pre_projection.norms, pa.float32()))
         self._pending.append(pa.RecordBatch.from_arrays(columns, schema=self._schema))
         self._pending_rows += len(samples)
         self._pending_bytes += self._pending[-1].nbytes
@@ -163,6 +165,11 @@ class ShardWriter:
         self._parquet.abort()
         self._rejects.abort()
 
+    def _lists(self, column: str, vectors: Float32Array) -> pa.Array:
+        kind = self._schema.field(column).type
+        flat = pa.array(vectors.astype(kind.value_type.to_pandas_dtype()).reshape(-1))
+        return pa.FixedSizeListArray.from_arrays(flat, type=kind)
+
     def _flush(self) -> None:
         if self._pending:
             self._parquet.write(pa.Table.from_batches(self._pending))
@@ -177,7 +184,8 @@ _PARQUET_OPTIONS: dict[str, Any] = {
     # Embeddings are as good as random bits to a compressor; captions and metadata halve.
     "compression": {
         "embedding.list.element": "none",
-        **dict.fromkeys(("key", "norm", "label", "caption", "meta", "width", "height"), "zstd"),
+        f"{PRE_PROJECTION}.list.element": "none",
+        **dict.fromkeys(("key", *NORM_COLUMNS.values(), "label", "caption", "meta", "width", "height"), "zstd"),
         **dict.fromkeys(("tar_offset", "tar_size"), "zstd"),
     },
 }
