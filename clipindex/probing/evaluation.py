@@ -1,6 +1,6 @@
 """How good a probe is on labelled rows, and what it says of any rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ CONFUSIONS_SHOWN = 20
 
 Linear = tuple[torch.Tensor, torch.Tensor]
 """Weights [C, D] and intercept [C]."""
+Ranked = tuple[Ids, npt.NDArray[np.float64]]
+"""The best classes [n, at most 5], and the probability of the best [n]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,20 +96,25 @@ def count(
     """What each of several classifiers gets right, in one pass over rows with class ids below `num_classes`."""
     counts = [ClassificationCounts(num_classes) for _ in linears]
     rows = 0
+    for labels, ranked in rank_rows(passes, linears):
+        for one, (ids, confidence) in zip(counts, ranked, strict=True):
+            one.add(labels, ids, confidence)
+        rows += len(labels)
+        on_rows(rows)
+    return counts
 
-    def rank(block: Block) -> tuple[Ids, list[tuple[Ids, npt.NDArray[np.float64]]]]:
+
+def rank_rows(passes: Passes, linears: Sequence[Linear]) -> Iterator[tuple[Ids, list[Ranked]]]:
+    """Class ids [n] of some rows at a time, and what each of several classifiers makes of them."""
+
+    def rank(block: Block) -> tuple[Ids, list[Ranked]]:
         x = block.features()
         best = [best_classes(x, linear, NUM_RANKED) for linear in linears]
         return block.labels.cpu().numpy(), [
             (one.indices.cpu().numpy(), one.values[:, 0].double().cpu().numpy()) for one in best
         ]
 
-    for labels, ranked in map_blocks(rank, passes()):
-        for one, (ids, confidence) in zip(counts, ranked, strict=True):
-            one.add(labels, ids, confidence)
-        rows += len(labels)
-        on_rows(rows)
-    return counts
+    return map_blocks(rank, passes())
 
 
 def best_classes(x: torch.Tensor, linear: Linear, number: int) -> torch.return_types.topk:

@@ -145,6 +145,33 @@ def search_c(rows: Rows, training: Ids, validation: Ids, setting: Setting) -> tu
     return fits[best], trials
 
 
+def fit_at(
+    rows: Rows, training: Ids, c: float | None, searched: tuple[Ids, Ids] | None, setting: Setting
+) -> tuple[Fit, list[Trial]]:
+    """The fit to some rows at `c`; where it is None, at the one that `search_c` finds.
+
+    Args:
+        rows: Of which `training` and `searched` are numbers.
+        training: What to fit to.
+        c: scikit-learn's C.
+        searched: What a search trains on, and what it validates on.
+        setting: What all its fits share.
+
+    Returns:
+        The fit, and what a search tried.
+    """
+    start: Fit | None = None
+    trials: list[Trial] = []
+    if c is None:
+        assert searched is not None
+        start, trials = search_c(rows, *searched, setting)
+        c = start.c
+    problem = pose(rows, training, setting)
+    note = f"fit, C {c:.4g}"
+    setting.on_pass("fit")
+    return fit(problem, c, start=start, on_pass=lambda: setting.on_pass(note)), trials
+
+
 def measure(passes: Passes, weights: torch.Tensor, intercept: torch.Tensor) -> float:
     """Top-1 accuracy."""
     hits, rows = 0, 0

@@ -102,7 +102,7 @@ def pose_task(
         model=model,
         features=features,
         classes=classes,
-        names=_name_classes(classes, names),
+        names=name_classes(classes, names),
         rows=rows,
         training=training,
         left_out=labels.left_out,
@@ -119,8 +119,12 @@ def _other_directory(folder: Path, model: ModelInfo, classes: Sequence[int], lab
     return TestRows(parts=(part,), chosen=None, unseen=unseen, left_out=labels.left_out, source=str(folder))
 
 
-def _name_classes(classes: Sequence[int], names: str | Path | Sequence[str] | None) -> tuple[str, ...] | None:
-    """The names of the labels that occur, out of a list in which the place is the label."""
+def name_classes(classes: Sequence[int], names: str | Path | Sequence[str] | None) -> tuple[str, ...] | None:
+    """The names of the labels that occur, out of a list in which the place is the label.
+
+    Raises:
+        ClassesError: A label has none.
+    """
     if names is None:
         return None
     known = read_classes(names) if isinstance(names, str | Path) else list(names)
