@@ -1,6 +1,6 @@
 """How good a probe is on labelled rows, and what it says of any rows."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,21 +91,23 @@ def evaluate_probe(
 
 
 def count(
-    passes: Passes, linears: Sequence[Linear], num_classes: int, on_rows: Callable[[int], None] = lambda rows: None
+    passes: Passes,
+    linears: Sequence[Linear],
+    num_classes: int,
+    on_rows: Callable[[int], None] = lambda rows: None,
+    on_ranked: Callable[[Ids, list[Ranked]], None] = lambda labels, ranked: None,
 ) -> list[ClassificationCounts]:
-    """What each of several classifiers gets right, in one pass over rows with class ids below `num_classes`."""
+    """What each of several classifiers gets right, in one pass over rows with class ids below `num_classes`.
+
+    Args:
+        passes: The rows.
+        linears: The classifiers.
+        num_classes: Of the rows, which may be more than those of the classifiers.
+        on_rows: Called with the number of rows so far.
+        on_ranked: Called with class ids [n] of some rows at a time, and what each classifier makes of them.
+    """
     counts = [ClassificationCounts(num_classes) for _ in linears]
     rows = 0
-    for labels, ranked in rank_rows(passes, linears):
-        for one, (ids, confidence) in zip(counts, ranked, strict=True):
-            one.add(labels, ids, confidence)
-        rows += len(labels)
-        on_rows(rows)
-    return counts
-
-
-def rank_rows(passes: Passes, linears: Sequence[Linear]) -> Iterator[tuple[Ids, list[Ranked]]]:
-    """Class ids [n] of some rows at a time, and what each of several classifiers makes of them."""
 
     def rank(block: Block) -> tuple[Ids, list[Ranked]]:
         x = block.features()
@@ -114,7 +116,13 @@ def rank_rows(passes: Passes, linears: Sequence[Linear]) -> Iterator[tuple[Ids, 
             (one.indices.cpu().numpy(), one.values[:, 0].double().cpu().numpy()) for one in best
         ]
 
-    return map_blocks(rank, passes())
+    for labels, ranked in map_blocks(rank, passes()):
+        for one, (ids, confidence) in zip(counts, ranked, strict=True):
+            one.add(labels, ids, confidence)
+        rows += len(labels)
+        on_rows(rows)
+        on_ranked(labels, ranked)
+    return counts
 
 
 def best_classes(x: torch.Tensor, linear: Linear, number: int) -> torch.return_types.topk:

@@ -15,8 +15,8 @@ from clipindex.devices import choose_precision
 from clipindex.errors import ClassesError, UsageError
 from clipindex.logistic import block_rows
 from clipindex.probing.evaluation import Linear, count
-from clipindex.probing.protocols import README_C, Setting, fit_at
-from clipindex.probing.rows import Ids, Streamed, random_ranks
+from clipindex.probing.protocols import README_C, Setting, check_c, fit_at
+from clipindex.probing.rows import Ids, Rows, random_ranks
 from clipindex.probing.task import Task, TestRows, pose_task
 from clipindex.prompts import embed_classes, read_templates
 from clipindex.store import check_fingerprint
@@ -109,6 +109,7 @@ def few_shot_curve(
         StoreError: A file is damaged.
     """
     started = time.perf_counter()
+    check_c(c)
     if test is None and held_out is None:
         raise UsageError("a few-shot curve needs rows to test on: another directory, or a fraction to hold out")
     if not shots or min(shots) < 1 or seeds < 1:
@@ -163,7 +164,7 @@ def count_drawn(class_ids: Ids, classes: Sequence[int], shots: Sequence[int], c:
 
 
 def fit_shots(
-    rows: Streamed,
+    rows: Rows,
     training: Ids,
     class_ids: Ids,
     classes: Sequence[int],

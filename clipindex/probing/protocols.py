@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from clipindex.errors import UsageError
 from clipindex.logistic import Fit, Passes, Problem, block_rows, fit, map_blocks
 from clipindex.probing.rows import Ids, Rows
 
@@ -43,6 +44,16 @@ class Trial:
     """Over the training rows."""
     converged: bool
     """Whether the fit met its tolerance; False where it was stopped before, at `DRAFT_PASSES`."""
+
+
+def check_c(c: float | None) -> None:
+    """Refuse what is no C; None is to be searched.
+
+    Raises:
+        UsageError: It is not positive, or no number.
+    """
+    if c is not None and not 0 < c < float("inf"):
+        raise UsageError(f"c {c:g}: give a positive number, or auto")
 
 
 def name_protocol(c: float, features: str) -> str:

@@ -217,7 +217,7 @@ class Held:
     """The same in NumPy."""
 
     def passes(self, chosen: Ids | None = None, at_once: int = 2048) -> Passes:
-        """Passes over rows, or over those whose numbers are `chosen`, ascending."""
+        """Passes over rows, or over those whose numbers are `chosen`, in that order."""
         device = self.embedding.device
         numbers = None if chosen is None else torch.from_numpy(chosen).to(device)
         count = len(self.labels) if numbers is None else len(numbers)
@@ -228,6 +228,16 @@ class Held:
                 yield Block(self.embedding[rows], None if self.norm is None else self.norm[rows], self.labels[rows])
 
         return blocks
+
+    def hold(self, chosen: Ids) -> "Held":
+        """Some of the rows, in the order of `chosen`."""
+        numbers = torch.from_numpy(chosen).to(self.embedding.device)
+        return Held(
+            embedding=self.embedding[numbers],
+            norm=None if self.norm is None else self.norm[numbers],
+            labels=self.labels[numbers],
+            class_ids=self.class_ids[chosen],
+        )
 
 
 Rows = Streamed | Held

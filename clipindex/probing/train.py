@@ -13,7 +13,7 @@ from clipindex.logistic import block_rows
 from clipindex.probing.adamw import search_decay, train_adamw
 from clipindex.probing.evaluation import Evaluation, count, summarise
 from clipindex.probing.probe import Probe, write_probe
-from clipindex.probing.protocols import PROTOCOLS, README_C, Setting, describe_search, fit_at, name_protocol
+from clipindex.probing.protocols import PROTOCOLS, README_C, Setting, check_c, describe_search, fit_at, name_protocol
 from clipindex.probing.rows import Held, Ids, Rows, hold_if_fits, split, usable_bytes
 from clipindex.probing.task import Task, TestRows, pose_task
 
@@ -84,8 +84,7 @@ def train_probe(
         StoreError: A file is damaged.
     """
     started = time.perf_counter()
-    if c is not None and not 0 < c < float("inf"):
-        raise UsageError(f"c {c:g}: give a positive number, or auto")
+    check_c(c)
     uses_adamw = protocol == "clip-benchmark"
     if features is None:
         features = "normalized" if uses_adamw else "raw"
