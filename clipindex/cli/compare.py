@@ -102,7 +102,7 @@ def compare(
             seeds=seeds,
             names=classes,
             templates="simple" if classes is None else templates_for(classes, templates),
-            models={str(Path(folder)): place for folder, place in model},
+            models=dict(model),
             out=out,
             on_progress=report,
             **options,
@@ -146,16 +146,16 @@ def _table(found: "Comparison") -> list[str]:
         "zero-shot": [(one.zero_shot.acc1 if one.zero_shot else None, "") for one in encoders],
         **{
             f"{points[0].shots} shot{'s' if points[0].shots > 1 else ''}": [
-                (point.mean, f" ± {point.deviation:.2%}") for point in points
+                (point.mean, f" ± {100 * point.deviation:.2f}") for point in points
             ]
             for points in zip(*(one.few_shot for one in encoders), strict=True)
         },
-        "all rows": [(one.acc1, f" ({one.interval[0]:.2%} to {one.interval[1]:.2%})") for one in full],
+        "all rows": [(one.acc1, f" ({100 * one.interval[0]:.2f} to {100 * one.interval[1]:.2f})") for one in full],
         "acc5": [(one.acc5, "") for one in full],
     }
     columns = [
         ["directory", *(one.folder for one in encoders)],
-        ["model", *(one.name for one in encoders)],
+        ["model", *(one.name.removesuffix(f" ({one.folder})") for one in encoders)],
         ["D", *(str(one.dim) for one in encoders)],
         *([f"{head} ", *_starred(column)] for head, column in measured.items()),
         ["C", *(f"{one.probe.c:.4g}" for one in encoders)],

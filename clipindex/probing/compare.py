@@ -33,7 +33,7 @@ from clipindex.probing.protocols import README_C, Setting, check_c, fit_at
 from clipindex.probing.rows import Held, Ids
 from clipindex.probing.shared_task import Aligned, SharedTask, align, pose_shared_task
 from clipindex.probing.task import check_choices, low_precision, name_classes
-from clipindex.probing.train import SPLIT, validation_split
+from clipindex.probing.train import validation_split
 from clipindex.prompts import read_templates
 from clipindex.store import check_fingerprint, read_dataset
 from clipindex.types import ModelInfo, ModelSpec
@@ -41,6 +41,9 @@ from clipindex.types import ModelInfo, ModelSpec
 COMPARISON_FILE = "compare.json"
 SHOTS = (1, 2, 4, 8, 16)
 """As in figure 6 of the CLIP paper (arXiv:2103.00020)."""
+
+HELD_OUT = 0.2
+"""Fraction of the common rows that is tested on, unless the user says otherwise."""
 
 Hits = npt.NDArray[np.bool_]
 
@@ -57,7 +60,7 @@ def compare_encoders(
     features: str = "raw",
     names: str | Path | Sequence[str] | None = None,
     templates: str = "simple",
-    models: Mapping[str, str | ModelSpec] | None = None,
+    models: Mapping[str | Path, str | ModelSpec] | None = None,
     out: str | Path = "compare",
     device: str = "auto",
     precision: str = "auto",
@@ -104,14 +107,14 @@ def compare_encoders(
         c=c,
         device=choose_device(device),
         memory_bytes=memory_bytes,
-        on_note=lambda at, note: on_progress(at, len(paths), f"{labels[at]}: {note}"),
+        on_note=lambda done, note: on_progress(done, len(paths), note),
     )
     infos = [read_dataset(folder).model for folder in paths]
     labels = name_encoders(paths, infos)
     for folder, info in zip(test_paths, infos, strict=False):
         check_fingerprint(folder, read_dataset(folder).model, info)
     on_progress(0, len(paths), "reading keys and labels")
-    task = pose_shared_task(paths, test_paths, SPLIT if held_out is None else held_out, seed)
+    task = pose_shared_task(paths, test_paths, HELD_OUT if held_out is None else held_out, seed)
     if shots:
         count_drawn(task.class_ids[task.training], task.classes, settings.shots, c)
     prompts = read_templates(templates)
@@ -154,7 +157,7 @@ class _Settings:
     device: torch.device
     memory_bytes: int | None
     on_note: Callable[[int, str], None]
-    """Called with the number of a directory, and what is being done with it."""
+    """Called with the number of directories done, and what is being done."""
 
 
 def _check(paths: Sequence[Path], tests: Sequence[Path], shots: Sequence[int], seeds: int, c: float | None) -> None:
@@ -179,24 +182,25 @@ def _embed_names(
     infos: Sequence[ModelInfo],
     names: Sequence[str] | None,
     prompts: Sequence[str],
-    models: Mapping[str, str | ModelSpec],
+    models: Mapping[str | Path, str | ModelSpec],
     precision: str,
     settings: _Settings,
 ) -> list[Linear | str]:
     """For each directory its zero-shot classifier, or why there is none: first of all, since a model may be missing."""
-    unknown = sorted(set(models) - set(map(str, paths)))
-    if unknown:
-        raise UsageError(f"a model is given for {unknown[0]}, which is none of the directories")
+    given = {Path(folder): model for folder, model in models.items()}
+    for folder in given:
+        if folder not in paths:
+            raise UsageError(f"a model is given for {folder}, which is none of the directories to compare")
     texts: list[Linear | str] = []
-    for at, (folder, info) in enumerate(zip(paths, infos, strict=True)):
+    for folder, info in zip(paths, infos, strict=True):
         if names is None:
             texts.append("no class names were given")
         elif not has_text_space(info):
             texts.append("its embeddings lie in no space with texts")
         else:
-            settings.on_note(at, "embedding class names")
-            given = models.get(str(folder))
-            spec = _found_at(info.spec, given) if isinstance(given, str) else given
+            settings.on_note(0, f"embedding class names for {folder}")
+            model = given.get(folder)
+            spec = _found_at(info.spec, model) if isinstance(model, str) else model
             try:
                 texts.append(zero_shot_linear(folder, info, names, prompts, spec, precision, settings.device))
             except ModelError as error:
@@ -217,12 +221,16 @@ def _measure(
 ) -> tuple[EncoderResult, Hits]:
     """Train and test all probes of a directory; which test rows its full one gets right [n]."""
     started = time.perf_counter()
-    settings.on_note(at, "reading")
+
+    def say(note: str) -> None:
+        settings.on_note(at, f"{name}: {note}")
+
+    say("reading")
     where = (settings.features, settings.device, settings.memory_bytes)
     own = align(task.joined, at, task.class_ids, *where, may_hold=True)
-    linears, strengths = _few_shot(task, at, own, settings)
-    full, c, passes, converged = _fit_full(task, at, own, settings)
-    settings.on_note(at, "testing")
+    linears, strengths = _few_shot(task, own, settings, say)
+    full, c, passes, converged = _fit_full(task, own, settings, say)
+    say("testing")
     tested = own
     if task.tested is not task.joined:
         tested = align(task.tested, at, task.tested_ids, *where, may_hold=False)
@@ -255,7 +263,9 @@ def _measure(
     return result, right
 
 
-def _few_shot(task: SharedTask, at: int, own: Aligned, settings: _Settings) -> tuple[list[Linear], list[float]]:
+def _few_shot(
+    task: SharedTask, own: Aligned, settings: _Settings, say: Callable[[str], None]
+) -> tuple[list[Linear], list[float]]:
     if not settings.shots:
         return [], []
     return fit_shots(
@@ -267,11 +277,13 @@ def _few_shot(task: SharedTask, at: int, own: Aligned, settings: _Settings) -> t
         settings.draws,
         settings.c,
         settings.device,
-        lambda note: settings.on_note(at, note),
+        say,
     )
 
 
-def _fit_full(task: SharedTask, at: int, own: Aligned, settings: _Settings) -> tuple[Linear, float, int, bool]:
+def _fit_full(
+    task: SharedTask, own: Aligned, settings: _Settings, say: Callable[[str], None]
+) -> tuple[Linear, float, int, bool]:
     """The probe of all training rows, its C, its passes, and whether it converged."""
     setting = Setting(
         num_classes=len(task.classes),
@@ -279,7 +291,7 @@ def _fit_full(task: SharedTask, at: int, own: Aligned, settings: _Settings) -> t
         low=low_precision(settings.device),
         hold=isinstance(own.rows, Held),
         device=settings.device,
-        on_pass=lambda note: settings.on_note(at, note),
+        on_pass=say,
     )
     searched = None
     if settings.c is None:

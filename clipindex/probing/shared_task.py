@@ -116,11 +116,11 @@ def _say_what_is_left_out(joined: Joined) -> None:
         ):
             if number:
                 more = ", …" if number > len(keys) else ""
-                log.warning("warning: %s: %s %s: %s%s", side.folder, f"{number:,}", what, ", ".join(keys), more)
+                log.warning("%s: %s %s: %s%s", side.folder, f"{number:,}", what, ", ".join(keys), more)
         if side.labels_lacking:
             log.info("%s: %s rows take their labels from another directory", side.folder, f"{side.labels_lacking:,}")
     if joined.unlabelled:
-        log.warning("warning: %s common rows have no label, and are left out", f"{joined.unlabelled:,}")
+        log.warning("%s common rows have no label, and are left out", f"{joined.unlabelled:,}")
 
 
 def align(
