@@ -90,13 +90,9 @@ class _Stored:
         """What tells each row from the others."""
         if by == BY_KEY:
             return self.keys
-        shard = pa.DictionaryArray.from_arrays(
-            np.repeat(np.arange(len(self.shards)), self.sizes), pa.array(self.shards, pa.large_string())
-        )
-        return pa.chunked_array(
-            [pc.binary_join_element_wise(shard.dictionary_decode(), self.keys.combine_chunks(), "/")],
-            pa.large_string(),
-        )
+        shards = pa.array(self.shards, pa.large_string()).take(np.repeat(np.arange(len(self.shards)), self.sizes))
+        joined = pc.binary_join_element_wise(shards, self.keys.combine_chunks(), pa.scalar("/", pa.large_string()))
+        return pa.chunked_array([joined])
 
     def shard_of(self, row: int) -> str:
         return self.shards[int(np.searchsorted(np.cumsum(self.sizes), row, "right"))]
