@@ -290,29 +290,30 @@ def test_accuracies_are_those_of_scikit_learn_on_the_rows_that_were_drawn(data, 
     assert abs(pairs.only_this - (right[1] & ~right[0]).sum()) <= 2
 
 
-def clipindex(*arguments, **options):
-    command = [Path(sys.executable).with_name("clipindex"), "compare", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, **options)
+def run(*arguments):
+    """The command in this process, which has imported all that is slow."""
+    return CliRunner().invoke(commands, ["compare", *map(str, arguments)])
 
 
-def test_the_command(shapes, tmp_path):
-    shutil.copytree(shapes / "demo", tmp_path / "again")
-    done = clipindex(shapes / "demo", "again", "--shots", "1,2", "--classes", NAMES, "--model", "again", "demo",
-                     "--plot", "c.svg", cwd=tmp_path)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def test_the_command(shapes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(shapes / "demo", "again")
+    done = run(shapes / "demo", "again", "--shots", "1,2", "--classes", NAMES, "--model", "again", "demo",
+               "--plot", "c.svg", "--device", "cpu")  # fmt: skip
+    assert done.exit_code == 0, done.output
     head, *rows = done.stdout.splitlines()
     assert "20 classes, joined by key" in head and head.endswith("-> compare")
     assert rows[0].split()[:5] == ["directory", "model", "D", "zero-shot", "1"]
     assert rows[2].split()[:4] == ["again", "demo", "64", "100.00%*"]
     assert "McNemar" in rows[3] and "only demo (again) on 0" in rows[3]
-    assert "<svg" in (tmp_path / "c.svg").read_text()
-    assert json.loads((tmp_path / "compare" / "compare.json").read_text())["seeds"] == [0, 1, 2]
+    assert "<svg" in Path("c.svg").read_text()
+    assert json.loads(Path("compare/compare.json").read_text())["seeds"] == [0, 1, 2]
 
 
 def test_the_command_with_test_directories_and_json(pair, tmp_path):
     tests = ["--test", pair / "good_test", "--test", pair / "worse_test"]
-    more = ["--shots", "none", "--c", "auto", "--out", tmp_path / "out", "--json", "--device", "cpu"]
-    done = CliRunner().invoke(commands, [str(one) for one in ("compare", pair / "good", pair / "worse", *tests, *more)])
+    options = ["--shots", "none", "--c", "auto", "--out", tmp_path / "out", "--device", "cpu", "--json"]
+    done = run(pair / "good", pair / "worse", *tests, *options)
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found["test_rows"] == 500 and not found["encoders"][0]["few_shot"]
@@ -330,6 +331,7 @@ def test_the_command_with_test_directories_and_json(pair, tmp_path):
     ],
 )
 def test_mistakes_end_in_status_2(arguments, message):
-    done = clipindex(*arguments)
+    command = [Path(sys.executable).with_name("clipindex"), "compare", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert message in done.stderr
