@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from probe_data import features, model
+from probe_data import features, model, write_directory
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 
@@ -16,29 +16,17 @@ from clipindex.cli import commands
 from clipindex.demo import DATA
 from clipindex.errors import ClassesError, FingerprintError, ModelError, StoreError, UsageError
 from clipindex.metrics import mcnemar
-from clipindex.store import ShardWriter, open_dataset
-from clipindex.types import ModelSpec, Sample, Shard
+from clipindex.types import ModelSpec
 
 CPU = {"device": "cpu"}
 QUICK = {**CPU, "shots": [], "seeds": 1}
 NAMES = DATA / "wds_shapes" / "classnames.txt"
 
 
-def write(folder, raw, labels, keys=None, *, info=None, shards=None):
-    """A directory with these raw features [n, D] and keys; `shards` maps names to row numbers, in stored order."""
+def write(folder, raw, labels, keys=None, shards=2):
+    """A directory of a model of its own for each number of dimensions."""
     keys = [f"k{row:04}" for row in range(len(raw))] if keys is None else keys
-    dataset = open_dataset(folder, info or model(raw.shape[1], seed=raw.shape[1]), "float16", "test")
-    norms = np.linalg.norm(raw, axis=1).astype(np.float32)
-    for name, rows in (shards or {"s": np.arange(len(raw))}).items():
-        writer = ShardWriter(folder, Shard(url=f"/x/{name}.tar", name=name, size=0, version=""), dataset)
-        samples = [
-            Sample(key=keys[row], member="x.jpg", image=b"", tar_offset=0,
-                   label=None if labels[row] is None else int(labels[row]))
-            for row in rows
-        ]  # fmt: skip
-        writer.append(samples, (raw[rows] / norms[rows, None]).astype(np.float32), norms[rows], [(1, 1)] * len(rows))
-        writer.publish(samples=len(rows), precision="fp32", decoder="exact", device="cpu", seconds=0.0)
-    return folder
+    return write_directory(folder, raw, labels, keys, info=model(raw.shape[1], seed=raw.shape[1]), shards=shards)
 
 
 def projected(raw, dim, seed=0):
@@ -184,7 +172,7 @@ def test_keys_that_come_twice_are_joined_by_shard(tmp_path, data):
     write(tmp_path / "c", worse[:400], labels, keys, shards={"t0": shards["s0"], "t1": shards["s1"]})
     with pytest.raises(StoreError, match=r"no row is in all of 2.*/a has key '0' in shards s0 and s1"):
         compare_encoders([tmp_path / "a", tmp_path / "c"], out=tmp_path / "out", **QUICK)
-    write(tmp_path / "d", worse[:400], labels, keys)
+    write(tmp_path / "d", worse[:400], labels, keys, shards={"s": np.arange(400)})
     with pytest.raises(StoreError, match=r"/d has key '0' in shard s twice"):
         compare_encoders([tmp_path / "a", tmp_path / "d"], out=tmp_path / "out", **QUICK)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["compare.json"]
