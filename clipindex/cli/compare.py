@@ -121,8 +121,11 @@ def _lines(found: "Comparison") -> list[str]:
     if found.unseen:
         rows, first = sum(found.unseen.values()), next(iter(found.unseen))
         lines.append(f"{rows:,} test rows have labels without training rows, such as {first}: they count as wrong")
-    reasons = {one.no_zero_shot: one.name for one in found.encoders if one.no_zero_shot and found.templates}
-    lines += [f"no zero-shot of {name}: {reason}" for reason, name in reasons.items()]
+    lines += [
+        f"no zero-shot of {one.name}: {one.no_zero_shot}"
+        for one in found.encoders
+        if found.templates and one.no_zero_shot
+    ]
     best = next(one for one in found.encoders if one.folder == found.best)
     for one in found.encoders:
         if one.against_best is not None:
