@@ -42,7 +42,7 @@ def draw_comparison(comparison: Comparison, path: str | Path) -> None:
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.set_xlim(min(ticks) - 0.5, max(ticks) + 0.5)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_xlabel("training rows a class")
+    axes.set_xlabel("training rows a class" if shots else "training rows")
     axes.set_ylabel(f"acc1 of {comparison.test_rows:,} rows")
     axes.set_title(_title(comparison), loc="left", fontsize=11)
     axes.grid(color="#e4e4e4")
