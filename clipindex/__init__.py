@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from clipindex.nearest import Filter
     from clipindex.packing import PackSummary, pack
     from clipindex.probing import (
+        Comparison,
         Evaluation,
         FewShotCurve,
         Probe,
         TrainSummary,
+        compare_encoders,
         evaluate_probe,
         few_shot_curve,
         read_probe,
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "ClassifySummary": "zeroshot",
     "ClipindexError": "errors",
+    "Comparison": "probing",
     "DuplicateSummary": "duplicates",
     "EmbedSummary": "embed_job",
     "Evaluation": "probing",
@@ -61,6 +64,7 @@ _HOMES = {
     "build_index": "indexing",
     "classify": "zeroshot",
     "classify_images": "zeroshot",
+    "compare_encoders": "probing",
     "embed": "embed_job",
     "evaluate_probe": "probing",
     "export_embeddings": "exchange",
@@ -85,6 +89,7 @@ _HOMES = {
 __all__ = [
     "ClassifySummary",
     "ClipindexError",
+    "Comparison",
     "DuplicateSummary",
     "EmbedSummary",
     "Evaluation",
@@ -106,6 +111,7 @@ __all__ = [
     "build_index",
     "classify",
     "classify_images",
+    "compare_encoders",
     "embed",
     "evaluate_probe",
     "export_embeddings",

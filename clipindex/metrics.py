@@ -28,6 +28,27 @@ def wilson_interval(hits: int, total: int) -> tuple[float, float]:
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
+def mcnemar(only_first: int, only_second: int) -> float:
+    """How probable it is that two classifiers, equally good, differ as much or more on the same samples.
+
+    The exact two-sided form of McNemar's test (McNemar 1947, Psychometrika 12): of the samples that only one of them
+    gets right, which of the two it is would be a fair coin's throw, so the counts are binomial with 1/2.
+
+    Args:
+        only_first: Samples that only the first gets right.
+        only_second: Samples that only the second gets right.
+    """
+    thrown, fewer = only_first + only_second, min(only_first, only_second)
+    log_term = math.lgamma(thrown + 1) - math.lgamma(fewer + 1) - math.lgamma(thrown - fewer + 1)
+    term = total = 1.0  # relative to the largest, that of `fewer`
+    for count in range(fewer, 0, -1):
+        term *= count / (thrown - count + 1)
+        total += term
+        if term < 1e-17 * total:
+            break
+    return min(1.0, 2 * math.exp(log_term - thrown * math.log(2)) * total)
+
+
 class ClassificationCounts:
     """Counts from which the metrics follow; batches are added, and nothing of them is kept."""
 

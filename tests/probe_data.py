@@ -38,16 +38,22 @@ def features(rows, dim=32, classes=7, seed=0, noise=0.1):
     return raw.astype(np.float32), labels
 
 
-def write_directory(folder, raw, labels, *, info=None, shards=2, dtype="float16"):
-    """An embedding directory of raw features [n, D] and labels [n], where None is no label."""
+def write_directory(folder, raw, labels, keys=None, *, info=None, shards=2, dtype="float16"):
+    """An embedding directory of raw features [n, D] and labels [n], where None is no label.
+
+    Keys are row numbers by default; shards a number of them, or names with the rows of each in the order to be stored.
+    """
     dataset = open_dataset(folder, info or model(raw.shape[1]), dtype, "test")
     norms = np.linalg.norm(raw, axis=1).astype(np.float32)
-    for at, rows in enumerate(np.array_split(np.arange(len(raw)), shards)):
-        shard = Shard(url=f"/synthetic/{at}.tar", name=f"synthetic-{at}", size=0, version="")
+    if isinstance(shards, int):
+        parts = np.array_split(np.arange(len(raw)), shards)
+        shards = {f"synthetic-{at}": rows for at, rows in enumerate(parts)}
+    for name, rows in shards.items():
+        shard = Shard(url=f"/synthetic/{name}.tar", name=name, size=0, version="")
         writer = ShardWriter(folder, shard, dataset)
         samples = [
             Sample(
-                key=f"{row}",
+                key=f"{row}" if keys is None else keys[row],
                 member=f"{row}.jpg",
                 image=b"",
                 tar_offset=0,

@@ -13,6 +13,7 @@ import click
 from clipindex.cli import (
     bench,
     classify,
+    compare,
     dedup,
     demo,
     embed,
@@ -126,6 +127,7 @@ for command in (
     search.search,
     dedup.dedup,
     probe.probe,
+    compare.compare,
     retrieval.retrieval,
     importing.import_embeddings,
     exporting.export_embeddings,

@@ -118,6 +118,28 @@ def parse_bytes(context: click.Context, parameter: click.Parameter, value: str |
     return number
 
 
+def parse_strength(context: click.Context, parameter: click.Parameter, value: str) -> float | None:
+    """A number, or auto, which is None."""
+    try:
+        return None if value == "auto" else float(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a number nor auto") from None
+
+
+def parse_shots(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
+    """Numbers with commas between."""
+    try:
+        return None if value is None else [int(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list such as 1,2,4,8,16") from None
+
+
+def check_picture(plot: Path | None) -> None:
+    """Refuse a name that says no format, before the work is done."""
+    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise click.UsageError(f"--plot {plot}: let the name end in .png, .svg or .pdf")
+
+
 def templates_for(classes: Path, templates: str | None) -> str:
     """Templates as said, else those that a CLIP_benchmark data set has beside its classes, else the simple one."""
     beside = classes.parent / "zeroshot_classification_templates.txt"

@@ -9,9 +9,12 @@ import click
 
 from clipindex.cli.options import (
     apply,
+    check_picture,
     json_option,
     model_options,
     parse_bytes,
+    parse_shots,
+    parse_strength,
     print_result,
     refuse_options,
     spec,
@@ -25,22 +28,6 @@ CLASSES_SHOWN = 10
 """At each end of a long list of classes on the terminal."""
 CONFUSIONS_SHOWN = 5
 _MODEL = ("model", "pretrained", "random_init", "quick_gelu", "precision")
-
-
-def _strength(context: click.Context, parameter: click.Parameter, value: str) -> float | None:
-    """A number, or auto, which is None."""
-    try:
-        return None if value == "auto" else float(value)
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is neither a number nor auto") from None
-
-
-def _shots(context: click.Context, parameter: click.Parameter, value: str | None) -> list[int] | None:
-    """Numbers with commas between."""
-    try:
-        return None if value is None else [int(part) for part in value.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list such as 1,2,4,8,16") from None
 
 
 device_option = click.option("--device", default="auto", show_default=True, help="cpu, cuda or cuda:N.")
@@ -59,7 +46,7 @@ train_options = [
                  help="Another directory of the same model, to test on."),
     click.option("--split", "held_out", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="FRACTION",
                  help="Or test on this fraction of each class of DIR, and do not train on it."),
-    click.option("--c", "c", callback=_strength, default="0.316", show_default=True, metavar="C|auto",
+    click.option("--c", "c", callback=parse_strength, default="0.316", show_default=True, metavar="C|auto",
                  help="scikit-learn's C; auto searches it as appendix A.3 of the CLIP paper does."),
     click.option("--features", type=click.Choice(["raw", "normalized"]),
                  help="The encoder's output as it was, or brought to unit length."
@@ -67,7 +54,7 @@ train_options = [
     click.option("--protocol", type=click.Choice(["clip-benchmark"]),
                  help="CLIP_benchmark's recipe (AdamW) in place of logistic regression at --c."),
     click.option("--balanced", is_flag=True, help="Let every class count alike, however many rows it has."),
-    click.option("--shots", callback=_shots, metavar="N,N,…",
+    click.option("--shots", callback=parse_shots, metavar="N,N,…",
                  help="Instead of a probe of all rows, a curve: accuracy over training rows a class."),
     click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Draws for each of --shots."),
     click.option("--seed", type=click.IntRange(0, 2**32), default=0, show_default=True,
@@ -109,8 +96,7 @@ def train(
     the directory's own record does not lead to its weights on this machine.
     """
     _refuse_what_is_ignored(shots is not None, classes is not None, protocol, options["model"] is not None)
-    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise click.UsageError(f"--plot {plot}: let the name end in .png, .svg or .pdf")
+    check_picture(plot)
     shared = {name: value for name, value in options.items() if name not in _MODEL}
     from clipindex.progress import reporting
 

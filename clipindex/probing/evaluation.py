@@ -23,6 +23,8 @@ CONFUSIONS_SHOWN = 20
 
 Linear = tuple[torch.Tensor, torch.Tensor]
 """Weights [C, D] and intercept [C]."""
+Ranked = tuple[Ids, npt.NDArray[np.float64]]
+"""The best classes [n, at most 5], and the probability of the best [n]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,13 +91,25 @@ def evaluate_probe(
 
 
 def count(
-    passes: Passes, linears: Sequence[Linear], num_classes: int, on_rows: Callable[[int], None] = lambda rows: None
+    passes: Passes,
+    linears: Sequence[Linear],
+    num_classes: int,
+    on_rows: Callable[[int], None] = lambda rows: None,
+    on_ranked: Callable[[Ids, list[Ranked]], None] = lambda labels, ranked: None,
 ) -> list[ClassificationCounts]:
-    """What each of several classifiers gets right, in one pass over rows with class ids below `num_classes`."""
+    """What each of several classifiers gets right, in one pass over rows with class ids below `num_classes`.
+
+    Args:
+        passes: The rows.
+        linears: The classifiers.
+        num_classes: Of the rows, which may be more than those of the classifiers.
+        on_rows: Called with the number of rows so far.
+        on_ranked: Called with class ids [n] of some rows at a time, and what each classifier makes of them.
+    """
     counts = [ClassificationCounts(num_classes) for _ in linears]
     rows = 0
 
-    def rank(block: Block) -> tuple[Ids, list[tuple[Ids, npt.NDArray[np.float64]]]]:
+    def rank(block: Block) -> tuple[Ids, list[Ranked]]:
         x = block.features()
         best = [best_classes(x, linear, NUM_RANKED) for linear in linears]
         return block.labels.cpu().numpy(), [
@@ -107,6 +121,7 @@ def count(
             one.add(labels, ids, confidence)
         rows += len(labels)
         on_rows(rows)
+        on_ranked(labels, ranked)
     return counts
 
 

@@ -13,13 +13,13 @@ import torch
 from clipindex.atomic import atomic_write
 from clipindex.devices import choose_precision
 from clipindex.errors import ClassesError, UsageError
-from clipindex.logistic import block_rows, fit
+from clipindex.logistic import block_rows
 from clipindex.probing.evaluation import Linear, count
-from clipindex.probing.protocols import README_C, Setting, pose, search_c
-from clipindex.probing.rows import Held, Ids, random_ranks
+from clipindex.probing.protocols import README_C, Setting, check_c, fit_at
+from clipindex.probing.rows import Ids, Rows, random_ranks
 from clipindex.probing.task import Task, TestRows, pose_task
 from clipindex.prompts import embed_classes, read_templates
-from clipindex.types import ModelSpec
+from clipindex.types import ModelInfo, ModelSpec
 
 CURVE_FILE = "few_shot.json"
 MOST_VALIDATION_SHOTS = 4
@@ -108,6 +108,7 @@ def few_shot_curve(
         StoreError: A file is damaged.
     """
     started = time.perf_counter()
+    check_c(c)
     if test is None and held_out is None:
         raise UsageError("a few-shot curve needs rows to test on: another directory, or a fraction to hold out")
     if not shots or min(shots) < 1 or seeds < 1:
@@ -118,14 +119,13 @@ def few_shot_curve(
     )
     assert task.test is not None
     shots, draws = sorted(set(shots)), tuple(range(seed, seed + seeds))
-    linears, strengths = _fit_all(task, shots, draws, c, on_progress)
+    class_ids = task.rows.class_ids[task.training]
+    linears, strengths = fit_shots(
+        task.rows, task.training, class_ids, task.classes, shots, draws, c, task.device, on_progress
+    )
     on_progress("testing")
     found, test_rows = _accuracies(task, task.test, linears)
     zero = None if task.names is None else _zero_shot(task, task.test, task.names, prompts, model, precision)
-    points = tuple(
-        _point(number, found[at * seeds : (at + 1) * seeds], strengths[at * seeds : (at + 1) * seeds])
-        for at, number in enumerate(shots)
-    )
     target = Path(out) if out is not None else task.folder / "probe"
     curve = FewShotCurve(
         out=str(target),
@@ -135,7 +135,7 @@ def few_shot_curve(
         test=task.test.source,
         test_rows=test_rows,
         seeds=draws,
-        points=points,
+        points=few_shot_points(shots, found, strengths),
         zero_shot=zero,
         templates=len(prompts) if zero is not None else 0,
         seconds=round(time.perf_counter() - started, 3),
@@ -145,52 +145,82 @@ def few_shot_curve(
     return curve
 
 
-def _fit_all(
-    task: Task, shots: Sequence[int], draws: Sequence[int], c: float | None, on_progress: Callable[[str], None]
-) -> tuple[list[Linear], list[float]]:
-    """Probes and their C, for each number of shots all draws."""
-    class_ids = task.rows.class_ids[task.training]
+def count_drawn(class_ids: Ids, classes: Sequence[int], shots: Sequence[int], c: float | None) -> int:
+    """Rows of each class that the most shots need, with those to validate on where C is searched.
+
+    Raises:
+        ClassesError: A class has fewer.
+    """
     most = shots[-1] + (min(shots[-1], MOST_VALIDATION_SHOTS) if c is None else 0)
-    counts = np.bincount(class_ids, minlength=len(task.classes))
+    counts = np.bincount(class_ids, minlength=len(classes))
     if counts.min() < most:
         scarce = int(counts.argmin())
         what = f"{shots[-1]} shots{f' and {most - shots[-1]} rows to validate on' if c is None else ''}"
         raise ClassesError(
-            f"label {task.classes[scarce]} has {counts[scarce]} rows to learn from, fewer than {what} need;"
-            " give fewer shots"
+            f"label {classes[scarce]} has {counts[scarce]} rows to learn from, fewer than {what} need; give fewer shots"
         )
+    return most
+
+
+def fit_shots(
+    rows: Rows,
+    training: Ids,
+    class_ids: Ids,
+    classes: Sequence[int],
+    shots: Sequence[int],
+    draws: Sequence[int],
+    c: float | None,
+    device: torch.device,
+    on_progress: Callable[[str], None],
+) -> tuple[list[Linear], list[float]]:
+    """Probes and their C, for each number of shots all draws.
+
+    Args:
+        rows: Of one directory.
+        training: Numbers [n] of those to draw from, in the order that says which are drawn.
+        class_ids: Theirs [n].
+        classes: The labels.
+        shots: Rows a class, ascending.
+        draws: A seed for each.
+        c: scikit-learn's C; None to search it.
+        device: Where to train.
+        on_progress: Called with what is being done.
+
+    Raises:
+        ClassesError: A class has too few rows.
+    """
+    most = count_drawn(class_ids, classes, shots, c)
     ranks = {draw: random_ranks(class_ids, draw) for draw in draws}
     wanted = np.flatnonzero(np.any([one < most for one in ranks.values()], axis=0))
     on_progress("reading")
-    rows = task.rows.hold(task.training[wanted])
+    held = rows.hold(training[wanted])
+    setting = Setting(
+        num_classes=len(classes),
+        balanced=False,
+        low=None,  # so few rows are no work
+        hold=False,
+        device=device,
+        on_pass=lambda _: None,
+    )
     linears: list[Linear] = []
     strengths: list[float] = []
     for number in shots:
         for draw in draws:
-            setting = Setting(
-                num_classes=len(task.classes),
-                balanced=False,
-                low=None,  # so few rows are no work
-                hold=False,
-                device=task.device,
-                on_pass=lambda _: None,
-            )
             on_progress(f"{number} shots, seed {draw}")
-            linear, strength = _fit_one(rows, ranks[draw][wanted], number, c, setting)
-            linears.append(linear)
-            strengths.append(strength)
+            of_draw = ranks[draw][wanted]
+            chosen = np.flatnonzero(of_draw < number)
+            others = np.flatnonzero((of_draw >= number) & (of_draw < number + min(number, MOST_VALIDATION_SHOTS)))
+            done, _ = fit_at(held, chosen, c, (chosen, others), setting)
+            linears.append((done.weights, done.intercept))
+            strengths.append(done.c)
     return linears, strengths
 
 
-def _fit_one(rows: Held, ranks: Ids, shots: int, c: float | None, setting: Setting) -> tuple[Linear, float]:
-    training = np.flatnonzero(ranks < shots)
-    start = None
-    if c is None:
-        validation = np.flatnonzero((ranks >= shots) & (ranks < shots + min(shots, MOST_VALIDATION_SHOTS)))
-        start, _ = search_c(rows, training, validation, setting)
-        c = start.c
-    done = fit(pose(rows, training, setting), c, start=start)
-    return (done.weights, done.intercept), c
+def few_shot_points(shots: Sequence[int], acc1: Sequence[float], c: Sequence[float]) -> tuple[FewShotPoint, ...]:
+    """The points of a curve out of what `fit_shots` returns, in its order."""
+    draws = len(acc1) // max(len(shots), 1)
+    parts = [slice(at * draws, (at + 1) * draws) for at in range(len(shots))]
+    return tuple(_point(number, acc1[part], c[part]) for number, part in zip(shots, parts, strict=True))
 
 
 def _point(shots: int, acc1: Sequence[float], c: Sequence[float]) -> FewShotPoint:
@@ -218,15 +248,33 @@ def _zero_shot(
     model: ModelSpec | None,
     precision: str,
 ) -> float:
-    """Top-1 accuracy of the nearest class prompt among the probe's classes: it is a linear classifier, too."""
+    linear = zero_shot_linear(task.folder, task.model, names, templates, model, precision, task.device)
+    num_classes = len(task.classes)
+    passes = test.rows("normalized", task.device).passes(test.chosen, block_rows(num_classes, task.device))
+    (counts,) = count(passes, [linear], num_classes + len(test.unseen))
+    return float(counts.overall()["acc1"] or 0)
+
+
+def zero_shot_linear(
+    folder: Path,
+    info: ModelInfo,
+    names: Sequence[str],
+    templates: Sequence[str],
+    model: ModelSpec | None,
+    precision: str,
+    device: torch.device,
+) -> Linear:
+    """The nearest class prompt among `names` as what it is, too: a linear classifier, of unit features.
+
+    Raises:
+        FingerprintError: The model is not that of the directory.
+        ModelError: It cannot be loaded.
+    """
     # Here, since loading open_clip takes longer than training does, and only names need it.
     from clipindex.encode import TextTower
     from clipindex.models import load_model_of
 
-    loaded = load_model_of(task.folder, task.model, model)
-    tower = TextTower(loaded, device=task.device, precision=choose_precision(precision, task.device))
-    weights = torch.from_numpy(embed_classes(tower, names, templates)).to(task.device) * task.model.logit_scale
-    num_classes = len(task.classes)
-    passes = test.rows("normalized", task.device).passes(test.chosen, block_rows(num_classes, task.device))
-    (counts,) = count(passes, [(weights, weights.new_zeros(num_classes))], num_classes + len(test.unseen))
-    return float(counts.overall()["acc1"] or 0)
+    loaded = load_model_of(folder, info, model)
+    tower = TextTower(loaded, device=device, precision=choose_precision(precision, device))
+    weights = torch.from_numpy(embed_classes(tower, names, templates)).to(device) * info.logit_scale
+    return weights, weights.new_zeros(len(names))

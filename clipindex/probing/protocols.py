@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from clipindex.errors import UsageError
 from clipindex.logistic import Fit, Passes, Problem, block_rows, fit, map_blocks
 from clipindex.probing.rows import Ids, Rows
 
@@ -43,6 +44,16 @@ class Trial:
     """Over the training rows."""
     converged: bool
     """Whether the fit met its tolerance; False where it was stopped before, at `DRAFT_PASSES`."""
+
+
+def check_c(c: float | None) -> None:
+    """Refuse what is no C; None is to be searched.
+
+    Raises:
+        UsageError: It is not positive, or no number.
+    """
+    if c is not None and not 0 < c < float("inf"):
+        raise UsageError(f"c {c:g}: give a positive number, or auto")
 
 
 def name_protocol(c: float, features: str) -> str:
@@ -143,6 +154,33 @@ def search_c(rows: Rows, training: Ids, validation: Ids, setting: Setting) -> tu
 
     best = search_peak(accuracy)
     return fits[best], trials
+
+
+def fit_at(
+    rows: Rows, training: Ids, c: float | None, searched: tuple[Ids, Ids] | None, setting: Setting
+) -> tuple[Fit, list[Trial]]:
+    """The fit to some rows at `c`; where it is None, at the one that `search_c` finds.
+
+    Args:
+        rows: Of which `training` and `searched` are numbers.
+        training: What to fit to.
+        c: scikit-learn's C.
+        searched: What a search trains on, and what it validates on.
+        setting: What all its fits share.
+
+    Returns:
+        The fit, and what a search tried.
+    """
+    start: Fit | None = None
+    trials: list[Trial] = []
+    if c is None:
+        assert searched is not None
+        start, trials = search_c(rows, *searched, setting)
+        c = start.c
+    problem = pose(rows, training, setting)
+    note = f"fit, C {c:.4g}"
+    setting.on_pass("fit")
+    return fit(problem, c, start=start, on_pass=lambda: setting.on_pass(note)), trials
 
 
 def measure(passes: Passes, weights: torch.Tensor, intercept: torch.Tensor) -> float:

@@ -161,16 +161,18 @@ class Streamed:
         return blocks
 
     def hold(self, chosen: Ids | None = None) -> "Held":
-        """Read rows into memory, in the type in which they are stored."""
+        """Read rows into memory, in the type in which they are stored and in the order of `chosen`, if given."""
         class_ids = self.class_ids if chosen is None else self.class_ids[chosen]
         held = _empty_held(self._parts, self.dim, class_ids, self._features, self._device)
+        places = None if chosen is None else torch.from_numpy(np.argsort(chosen)).to(self._device)
         at = 0
         for embedding, norm, _ in self._read(chosen):
-            rows = slice(at, at + len(embedding))
+            read = slice(at, at + len(embedding))
+            rows = read if places is None else places[read]
             held.embedding[rows] = embedding.to(self._device)
             if held.norm is not None and norm is not None:
                 held.norm[rows] = norm.to(self._device)
-            at = rows.stop
+            at = read.stop
         pa.default_memory_pool().release_unused()  # Arrow would keep as much as the rows take, for its next reading
         return held
 
@@ -215,7 +217,7 @@ class Held:
     """The same in NumPy."""
 
     def passes(self, chosen: Ids | None = None, at_once: int = 2048) -> Passes:
-        """Passes over rows, or over those whose numbers are `chosen`, ascending."""
+        """Passes over rows, or over those whose numbers are `chosen`, in that order."""
         device = self.embedding.device
         numbers = None if chosen is None else torch.from_numpy(chosen).to(device)
         count = len(self.labels) if numbers is None else len(numbers)
@@ -227,11 +229,21 @@ class Held:
 
         return blocks
 
+    def hold(self, chosen: Ids) -> "Held":
+        """Some of the rows, in the order of `chosen`."""
+        numbers = torch.from_numpy(chosen).to(self.embedding.device)
+        return Held(
+            embedding=self.embedding[numbers],
+            norm=None if self.norm is None else self.norm[numbers],
+            labels=self.labels[numbers],
+            class_ids=self.class_ids[chosen],
+        )
+
 
 Rows = Streamed | Held
 
 
-def hold_if_fits(rows: Streamed, memory_bytes: int | None, device: torch.device) -> Rows:
+def hold_if_fits(rows: Streamed, memory_bytes: int | None, device: torch.device, chosen: Ids | None = None) -> Rows:
     """The rows in memory, where they and the solver's copy of them fit into what may be used.
 
     Args:
@@ -239,8 +251,9 @@ def hold_if_fits(rows: Streamed, memory_bytes: int | None, device: torch.device)
         memory_bytes: What may be used; by default a quarter of the machine's memory, or two thirds of what is free on a
             CUDA device.
         device: Where they go.
+        chosen: The order in which they are held, all of them; as stored by default.
     """
-    return rows.hold() if rows.held_bytes <= (memory_bytes or usable_bytes(device)) else rows
+    return rows.hold(chosen) if rows.held_bytes <= (memory_bytes or usable_bytes(device)) else rows
 
 
 def usable_bytes(device: torch.device) -> int:

@@ -75,12 +75,7 @@ def pose_task(
         FingerprintError: The test rows are of another model.
         StoreError: A file is damaged.
     """
-    if features not in FEATURES:
-        raise UsageError(f"features {features!r}: give {' or '.join(FEATURES)}")
-    if test is not None and held_out is not None:
-        raise UsageError("rows to test on come from another directory or are held out of this one, not both")
-    if held_out is not None and not 0 < held_out < 1:
-        raise UsageError(f"{held_out:g} of the rows cannot be held out: give a fraction above 0 and below 1")
+    check_choices(features, held_out, is_tested_elsewhere=test is not None)
     folder = Path(folder)
     model = read_dataset(folder).model
     chosen_device = choose_device(device)
@@ -102,14 +97,33 @@ def pose_task(
         model=model,
         features=features,
         classes=classes,
-        names=_name_classes(classes, names),
+        names=name_classes(classes, names),
         rows=rows,
         training=training,
         left_out=labels.left_out,
         test=test_rows,
         device=chosen_device,
-        low=torch.bfloat16 if choose_precision("auto", chosen_device) == "bf16" else None,
+        low=low_precision(chosen_device),
     )
+
+
+def check_choices(features: str, held_out: float | None, *, is_tested_elsewhere: bool) -> None:
+    """Refuse options that contradict each other.
+
+    Raises:
+        UsageError: They do.
+    """
+    if features not in FEATURES:
+        raise UsageError(f"features {features!r}: give {' or '.join(FEATURES)}")
+    if is_tested_elsewhere and held_out is not None:
+        raise UsageError("rows to test on come from another directory or are held out of this one, not both")
+    if held_out is not None and not 0 < held_out < 1:
+        raise UsageError(f"{held_out:g} of the rows cannot be held out: give a fraction above 0 and below 1")
+
+
+def low_precision(device: torch.device) -> torch.dtype | None:
+    """The type of the products of a fit's first passes on a device; None where none is faster than float32."""
+    return torch.bfloat16 if choose_precision("auto", device) == "bf16" else None
 
 
 def _other_directory(folder: Path, model: ModelInfo, classes: Sequence[int], label: str) -> TestRows:
@@ -119,8 +133,12 @@ def _other_directory(folder: Path, model: ModelInfo, classes: Sequence[int], lab
     return TestRows(parts=(part,), chosen=None, unseen=unseen, left_out=labels.left_out, source=str(folder))
 
 
-def _name_classes(classes: Sequence[int], names: str | Path | Sequence[str] | None) -> tuple[str, ...] | None:
-    """The names of the labels that occur, out of a list in which the place is the label."""
+def name_classes(classes: Sequence[int], names: str | Path | Sequence[str] | None) -> tuple[str, ...] | None:
+    """The names of the labels that occur, out of a list in which the place is the label.
+
+    Raises:
+        ClassesError: A label has none.
+    """
     if names is None:
         return None
     known = read_classes(names) if isinstance(names, str | Path) else list(names)

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from clipindex.errors import UsageError
-from clipindex.logistic import block_rows, fit
+from clipindex.logistic import block_rows
 from clipindex.probing.adamw import search_decay, train_adamw
 from clipindex.probing.evaluation import Evaluation, count, summarise
 from clipindex.probing.probe import Probe, write_probe
-from clipindex.probing.protocols import PROTOCOLS, README_C, Setting, describe_search, name_protocol, pose, search_c
+from clipindex.probing.protocols import PROTOCOLS, README_C, Setting, check_c, describe_search, fit_at, name_protocol
 from clipindex.probing.rows import Held, Ids, Rows, hold_if_fits, split, usable_bytes
 from clipindex.probing.task import Task, TestRows, pose_task
 
@@ -84,8 +84,7 @@ def train_probe(
         StoreError: A file is damaged.
     """
     started = time.perf_counter()
-    if c is not None and not 0 < c < float("inf"):
-        raise UsageError(f"c {c:g}: give a positive number, or auto")
+    check_c(c)
     uses_adamw = protocol == "clip-benchmark"
     if features is None:
         features = "normalized" if uses_adamw else "raw"
@@ -136,15 +135,11 @@ def _train_logistic(
         device=task.device,
         on_pass=on_progress,
     )
+    searched = validation_split(rows.class_ids, task.training, seed) if c is None else None
+    done, trials = fit_at(rows, task.training, c, searched, setting)
     found: dict[str, Any] = {}
-    start = None
-    if c is None:
-        training, validation = _validation(rows, task.training, seed)
-        start, trials = search_c(rows, training, validation, setting)
-        c, found = start.c, {"validation_rows": len(validation), "search": describe_search(trials)}
-    problem = pose(rows, task.training, setting)
-    on_progress("fit")
-    done = fit(problem, c, start=start, on_pass=lambda: on_progress(f"fit, C {c:.4g}"))
+    if searched is not None:
+        found = {"validation_rows": len(searched[1]), "search": describe_search(trials)}
     training_record = {
         **_common(task, seed),
         **found,
@@ -155,8 +150,8 @@ def _train_logistic(
         "converged": done.converged,
         "in_memory": isinstance(rows, Held),
     }
-    name = "clip-a3" if found else name_protocol(c, task.features)
-    return _probe(task, name, c, training_record, done.weights, done.intercept)
+    name = "clip-a3" if found else name_protocol(done.c, task.features)
+    return _probe(task, name, done.c, training_record, done.weights, done.intercept)
 
 
 def _train_adamw(task: Task, rows: Held, seed: int, on_progress: Callable[[str], None]) -> Probe:
@@ -168,7 +163,7 @@ def _train_adamw(task: Task, rows: Held, seed: int, on_progress: Callable[[str],
         epochs += 1
         on_progress(f"{epochs:,} epochs")
 
-    training, validation = _validation(rows, task.training, seed)
+    training, validation = validation_split(rows.class_ids, task.training, seed)
     decay, trials = search_decay(rows, training, validation, num_classes, seed, on_epoch)
     weights, intercept = train_adamw(rows, task.training, num_classes, decay, seed, on_epoch)
     record = {
@@ -197,8 +192,9 @@ def _probe(
     )
 
 
-def _validation(rows: Rows, training: Ids, seed: int) -> tuple[Ids, Ids]:
-    kept, out = split(rows.class_ids[training], SPLIT, seed)
+def validation_split(class_ids: Ids, training: Ids, seed: int) -> tuple[Ids, Ids]:
+    """Of the rows to learn from, those that a search trains on, and those that it validates on."""
+    kept, out = split(class_ids[training], SPLIT, seed)
     return training[kept], training[out]
 
 

@@ -1,0 +1,339 @@
+"""Several encoders on the same rows: zero-shot, few-shot and full linear probes of embeddings that are joined by key.
+
+The same rows are held out, drawn as shots and validated on for every directory; see `shared_task`.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from clipindex.atomic import atomic_write
+from clipindex.devices import choose_device
+from clipindex.errors import ModelError, UsageError
+from clipindex.logistic import block_rows
+from clipindex.metrics import ClassificationCounts, mcnemar
+from clipindex.probing.comparison import (
+    Accuracy,
+    Comparison,
+    EncoderResult,
+    FullProbe,
+    Paired,
+    has_text_space,
+    name_encoders,
+)
+from clipindex.probing.evaluation import Linear, Ranked, count
+from clipindex.probing.few_shot import count_drawn, few_shot_points, fit_shots, zero_shot_linear
+from clipindex.probing.protocols import README_C, Setting, check_c, fit_at
+from clipindex.probing.rows import Held, Ids
+from clipindex.probing.shared_task import Aligned, SharedTask, align, pose_shared_task
+from clipindex.probing.task import check_choices, low_precision, name_classes
+from clipindex.probing.train import validation_split
+from clipindex.prompts import read_templates
+from clipindex.store import check_fingerprint, read_dataset
+from clipindex.types import ModelInfo, ModelSpec
+
+COMPARISON_FILE = "compare.json"
+SHOTS = (1, 2, 4, 8, 16)
+"""As in figure 6 of the CLIP paper (arXiv:2103.00020)."""
+
+HELD_OUT = 0.2
+"""Fraction of the common rows that is tested on, unless the user says otherwise."""
+
+Hits = npt.NDArray[np.bool_]
+
+
+def compare_encoders(
+    folders: Sequence[str | Path],
+    *,
+    tests: Sequence[str | Path] = (),
+    held_out: float | None = None,
+    shots: Sequence[int] = SHOTS,
+    seeds: int = 3,
+    seed: int = 0,
+    c: float | None = README_C,
+    features: str = "raw",
+    names: str | Path | Sequence[str] | None = None,
+    templates: str = "simple",
+    models: Mapping[str | Path, str | ModelSpec] | None = None,
+    out: str | Path = "compare",
+    device: str = "auto",
+    precision: str = "auto",
+    memory_bytes: int | None = None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, note: None,
+) -> Comparison:
+    """Measure embedding directories of the same images, as zero-shot classifiers and by linear probes.
+
+    Args:
+        folders: Two or more directories, of any models. Rows that not all of them have are left out, and said.
+        tests: Directories to test on, one for each of `folders`, of its model, in that order.
+        held_out: Or the fraction of each class to test on; a fifth by default.
+        shots: Rows a class of the few-shot probes; none for no such probes.
+        seeds: How many draws of them.
+        seed: Of all that is drawn; the first one's of the draws.
+        c: scikit-learn's C; None to search it for each probe of each directory.
+        features: 'raw' or 'normalized'.
+        names: Class names, or a file with one a line, whose place is the label: for zero-shot.
+        templates: Its prompts, as in `zeroshot.classify`.
+        models: For some of `folders`, how to load the model for that, where the directory's record does not lead to its
+            weights on this machine: a model, or a weights file or another place of the one that is recorded.
+        out: Where compare.json goes.
+        device: 'auto', 'cpu', 'cuda' or 'cuda:N'.
+        precision: Of the text towers.
+        memory_bytes: What the embeddings of one directory may take; see `rows.hold_if_fits`.
+        on_progress: Called with directories done, directories in all, and what is being done.
+
+    Raises:
+        UsageError: Options contradict each other.
+        ClassesError: Labels differ between directories, a class has too few rows, or names do not fit the labels.
+        FingerprintError: A test directory, or a model, is of another model than its directory.
+        ModelError: A model that zero-shot needs cannot be loaded.
+        StoreError: Directories have no row in common, or a file is damaged.
+    """
+    started = time.perf_counter()
+    paths, test_paths = [Path(folder) for folder in folders], [Path(folder) for folder in tests]
+    _check(paths, test_paths, shots, seeds, c)
+    check_choices(features, held_out, is_tested_elsewhere=bool(tests))
+    settings = _Settings(
+        features=features,
+        shots=tuple(sorted(set(shots))),
+        draws=tuple(range(seed, seed + seeds)) if shots else (),
+        seed=seed,
+        c=c,
+        device=choose_device(device),
+        memory_bytes=memory_bytes,
+        on_note=lambda done, note: on_progress(done, len(paths), note),
+    )
+    infos = [read_dataset(folder).model for folder in paths]
+    labels = name_encoders(paths, infos)
+    for folder, info in zip(test_paths, infos, strict=False):
+        check_fingerprint(folder, read_dataset(folder).model, info)
+    on_progress(0, len(paths), "reading keys and labels")
+    task = pose_shared_task(paths, test_paths, HELD_OUT if held_out is None else held_out, seed)
+    if shots:
+        count_drawn(task.class_ids[task.training], task.classes, settings.shots, c)
+    prompts = read_templates(templates)
+    texts = _embed_names(paths, infos, name_classes(task.classes, names), prompts, models or {}, precision, settings)
+    measured = [_measure(task, at, labels[at], info, texts[at], settings) for at, info in enumerate(infos)]
+    results = _pair_with_best(measured)
+    both = (task.joined, task.tested) if tests else (task.joined,)
+    comparison = Comparison(
+        out=str(out),
+        joined_by=task.joined.by,
+        sides=tuple(side for joined in both for side in joined.sides),
+        unlabelled=sum(joined.unlabelled for joined in both),
+        classes=len(task.classes),
+        training_rows=len(task.training),
+        test_rows=len(task.test),
+        test=task.source,
+        unseen=task.unseen,
+        features=features,
+        templates=0 if names is None else len(prompts),
+        seed=seed,
+        seeds=settings.draws,
+        best=next(result.folder for result in results if result.against_best is None),
+        encoders=tuple(results),
+        seconds=round(time.perf_counter() - started, 3),
+    )
+    with atomic_write(Path(out) / COMPARISON_FILE) as file:
+        file.write(json.dumps(asdict(comparison), indent=2).encode() + b"\n")
+    return comparison
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Settings:
+    """How each directory is measured."""
+
+    features: str
+    shots: tuple[int, ...]
+    draws: tuple[int, ...]
+    seed: int
+    c: float | None
+    device: torch.device
+    memory_bytes: int | None
+    on_note: Callable[[int, str], None]
+    """Called with the number of directories done, and what is being done."""
+
+
+def _check(paths: Sequence[Path], tests: Sequence[Path], shots: Sequence[int], seeds: int, c: float | None) -> None:
+    if len(paths) < 2:
+        raise UsageError("give two or more embedding directories to compare; probe train measures a single one")
+    for what in (paths, tests):
+        twice = [path for at, path in enumerate(what) if path.resolve() in [other.resolve() for other in what[:at]]]
+        if twice:
+            raise UsageError(f"{twice[0]} is given twice: give each directory once")
+    if tests and len(tests) != len(paths):
+        raise UsageError(
+            f"{len(paths)} directories to compare and {len(tests)} to test on: give one test directory for each, in the"
+            " same order"
+        )
+    if shots and (min(shots) < 1 or seeds < 1):
+        raise UsageError("give at least one seed and numbers of shots of at least 1")
+    check_c(c)
+
+
+def _embed_names(
+    paths: Sequence[Path],
+    infos: Sequence[ModelInfo],
+    names: Sequence[str] | None,
+    prompts: Sequence[str],
+    models: Mapping[str | Path, str | ModelSpec],
+    precision: str,
+    settings: _Settings,
+) -> list[Linear | str]:
+    """For each directory its zero-shot classifier, or why there is none: first of all, since a model may be missing."""
+    given = {Path(folder): model for folder, model in models.items()}
+    for folder in given:
+        if folder not in paths:
+            raise UsageError(f"a model is given for {folder}, which is none of the directories to compare")
+    texts: list[Linear | str] = []
+    for folder, info in zip(paths, infos, strict=True):
+        if names is None:
+            texts.append("no class names were given")
+        elif not has_text_space(info):
+            texts.append("its embeddings lie in no space with texts")
+        else:
+            settings.on_note(0, f"embedding class names for {folder}")
+            model = given.get(folder)
+            spec = _found_at(info.spec, model) if isinstance(model, str) else model
+            try:
+                texts.append(zero_shot_linear(folder, info, names, prompts, spec, precision, settings.device))
+            except ModelError as error:
+                raise ModelError(
+                    f"{folder}: zero-shot needs its model, {info.spec.name}, which cannot be loaded here: {error}."
+                    f" Say where it is with --model {folder} MODEL, or leave --classes out"
+                ) from error
+    return texts
+
+
+def _found_at(spec: ModelSpec, place: str) -> ModelSpec:
+    """The recorded model with weights from a file, or another one by its name."""
+    return replace(spec, pretrained=place, random_init=None) if Path(place).is_file() else ModelSpec(name=place)
+
+
+def _measure(
+    task: SharedTask, at: int, name: str, info: ModelInfo, text: Linear | str, settings: _Settings
+) -> tuple[EncoderResult, Hits]:
+    """Train and test all probes of a directory; which test rows its full one gets right [n]."""
+    started = time.perf_counter()
+
+    def say(note: str) -> None:
+        settings.on_note(at, f"{name}: {note}")
+
+    say("reading")
+    where = (settings.features, settings.device, settings.memory_bytes)
+    own = align(task.joined, at, task.class_ids, *where, may_hold=True)
+    linears, strengths = _few_shot(task, own, settings, say)
+    full, c, passes, converged = _fit_full(task, own, settings, say)
+    say("testing")
+    tested = own
+    if task.tested is not task.joined:
+        tested = align(task.tested, at, task.tested_ids, *where, may_hold=False)
+    num_classes = len(task.classes) + len(task.unseen)
+    of_probe, right = _test(task, tested, [*linears, full], num_classes, settings)
+    zero_shot = None
+    if not isinstance(text, str):
+        chosen, at_once = tested.ascending(task.test), block_rows(num_classes, settings.device)
+        (counts,) = count(tested.normalized(settings.device).passes(chosen, at_once), [text], num_classes)
+        zero_shot = _accuracy(counts)
+    result = EncoderResult(
+        folder=task.joined.sides[at].folder,
+        name=name,
+        model=info.spec,
+        fingerprint=info.fingerprint,
+        dim=info.dim,
+        zero_shot=zero_shot,
+        no_zero_shot=text if isinstance(text, str) else None,
+        few_shot=few_shot_points(settings.shots, [_accuracy(one).acc1 for one in of_probe[:-1]], strengths),
+        probe=FullProbe(
+            accuracy=_accuracy(of_probe[-1]),
+            c=c,
+            passes=passes,
+            converged=converged,
+            in_memory=isinstance(own.rows, Held),
+        ),
+        against_best=None,
+        seconds=round(time.perf_counter() - started, 3),
+    )
+    return result, right
+
+
+def _few_shot(
+    task: SharedTask, own: Aligned, settings: _Settings, say: Callable[[str], None]
+) -> tuple[list[Linear], list[float]]:
+    if not settings.shots:
+        return [], []
+    return fit_shots(
+        own.rows,
+        own.numbers(task.training),
+        task.class_ids[task.training],
+        task.classes,
+        settings.shots,
+        settings.draws,
+        settings.c,
+        settings.device,
+        say,
+    )
+
+
+def _fit_full(
+    task: SharedTask, own: Aligned, settings: _Settings, say: Callable[[str], None]
+) -> tuple[Linear, float, int, bool]:
+    """The probe of all training rows, its C, its passes, and whether it converged."""
+    setting = Setting(
+        num_classes=len(task.classes),
+        balanced=False,
+        low=low_precision(settings.device),
+        hold=isinstance(own.rows, Held),
+        device=settings.device,
+        on_pass=say,
+    )
+    searched = None
+    if settings.c is None:
+        kept, out = validation_split(task.class_ids, task.training, settings.seed)
+        searched = (own.ascending(kept), own.ascending(out))
+    done, _ = fit_at(own.rows, own.ascending(task.training), settings.c, searched, setting)
+    return (done.weights, done.intercept), done.c, done.passes, done.converged
+
+
+def _test(
+    task: SharedTask, tested: Aligned, linears: Sequence[Linear], num_classes: int, settings: _Settings
+) -> tuple[list[ClassificationCounts], Hits]:
+    """What each classifier gets right, and which rows [n] the last does, in their common order."""
+    parts: list[Hits] = []
+
+    def on_ranked(labels: Ids, ranked: list[Ranked]) -> None:
+        parts.append(ranked[-1][0][:, 0] == labels)
+
+    passes = tested.rows.passes(tested.ascending(task.test), block_rows(num_classes, settings.device))
+    counts = count(passes, linears, num_classes, on_ranked=on_ranked)
+    right = np.empty(len(task.test), np.bool_)
+    right[np.argsort(tested.numbers(task.test))] = np.concatenate(parts)
+    return counts, right
+
+
+def _accuracy(counts: ClassificationCounts) -> Accuracy:
+    overall = counts.overall()
+    return Accuracy(
+        acc1=float(overall["acc1"] or 0),
+        interval=counts.intervals()["acc1"],
+        acc5=overall["acc5"],
+        mean_per_class_recall=float(overall["mean_per_class_recall"] or 0),
+    )
+
+
+def _pair_with_best(measured: Sequence[tuple[EncoderResult, Hits]]) -> list[EncoderResult]:
+    """The results, each but the best with the test rows that only it or only the best gets right."""
+    best = max(range(len(measured)), key=lambda at: (measured[at][0].probe.accuracy.acc1, -at))
+    of_best = measured[best][1]
+    results = []
+    for at, (result, right) in enumerate(measured):
+        only_best, only_this = int((of_best & ~right).sum()), int((right & ~of_best).sum())
+        pair = Paired(only_best=only_best, only_this=only_this, p=mcnemar(only_best, only_this))
+        results.append(result if at == best else replace(result, against_best=pair))
+    return results
