@@ -8,7 +8,7 @@ from corpus import encoded, labelled, picture, write_tar
 from clipindex import classify, embed, read_embeddings, search, verify
 from clipindex.errors import FingerprintError, ModelError, StoreError
 from clipindex.retrieval import Query
-from clipindex.store import NORM_COLUMNS, PRE_PROJECTION, read_dataset
+from clipindex.store import NORM_COLUMNS, PRE_PROJECTION, find_vectors, read_dataset
 
 HOW = {"precision": "fp32", "device": "cpu"}
 DEMO = {"model": "demo", **HOW}
@@ -41,9 +41,10 @@ def test_both_columns_hold_what_the_single_directories_do(folders):
         there, their_norms = vectors(both, column)
         np.testing.assert_allclose(there.astype(np.float32), unit.astype(np.float32), atol=2e-3)
         np.testing.assert_allclose(their_norms, norms, rtol=1e-3)
-        assert read_dataset(both).column_of(read_dataset(folders / folder).model.fingerprint) == column
+        assert find_vectors(both, read_dataset(both), read_dataset(folders / folder).model) == column
     assert vectors(folders / "pre-projection")[0].shape == (49, 512)
-    assert read_dataset(both).column_of("another") is None
+    with pytest.raises(FingerprintError, match="timm:test_resnet"):
+        find_vectors(both, read_dataset(both), read_dataset(folders / "timm").model)
 
 
 @pytest.mark.parametrize("name", ["projected", "pre-projection", "both", "timm"])

@@ -40,6 +40,8 @@ compare_options = [
                  help="scikit-learn's C; auto searches it for each encoder, as appendix A.3 of the CLIP paper does."),
     click.option("--features", type=click.Choice(["raw", "normalized"]), default="raw", show_default=True,
                  help="The encoder's output as it was, or brought to unit length."),
+    click.option("--pre-projection", is_flag=True,
+                 help="Let probes learn from the features before the projection, where DIR was embedded with both."),
     click.option("--classes", type=click.Path(path_type=Path), metavar="FILE",
                  help="Class names, one a line, in the order of the labels: zero-shot is measured as well."),
     click.option("--templates", metavar="FILE|NAME",
@@ -159,6 +161,7 @@ def _table(found: "Comparison") -> list[str]:
     columns = [
         ["directory", *(one.folder for one in encoders)],
         ["model", *(one.name.removesuffix(f" ({one.folder})") for one in encoders)],
+        ["probed", *(one.vectors for one in encoders)],
         ["D", *(str(one.dim) for one in encoders)],
         *([f"{head} ", *_starred(column)] for head, column in measured.items()),
         ["C", *(f"{one.probe.c:.4g}" for one in encoders)],
@@ -175,7 +178,7 @@ def _aligned(columns: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in columns]
     return [
         "  ".join(
-            cell.ljust(width) if at < 2 else cell.rjust(width)
+            cell.ljust(width) if at < 3 else cell.rjust(width)
             for at, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in zip(*columns, strict=True)

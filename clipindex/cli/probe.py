@@ -51,6 +51,8 @@ train_options = [
     click.option("--features", type=click.Choice(["raw", "normalized"]),
                  help="The encoder's output as it was, or brought to unit length."
                       "  [default: raw; normalized for clip-benchmark]"),
+    click.option("--pre-projection", is_flag=True,
+                 help="Learn from the features before the projection, where DIR was embedded with --features both."),
     click.option("--protocol", type=click.Choice(["clip-benchmark"]),
                  help="CLIP_benchmark's recipe (AdamW) in place of logistic regression at --c."),
     click.option("--balanced", is_flag=True, help="Let every class count alike, however many rows it has."),
@@ -196,7 +198,7 @@ def _train_lines(summary: "TrainSummary") -> list[str]:
     left_out = f" ({summary.left_out:,} without a label left out)" if summary.left_out else ""
     found = "" if summary.c is None else f", C {summary.c:.4g}"
     lines = [
-        f"{summary.rows:,} rows{left_out}, {summary.classes:,} classes, {summary.features} features,"
+        f"{summary.rows:,} rows{left_out}, {summary.classes:,} classes, {summary.features} {summary.vectors} features,"
         f" {summary.protocol}{found} in {summary.seconds:,.1f} s -> {summary.out}"
     ]
     if summary.training.get("converged") is False:

@@ -4,6 +4,7 @@ The same rows are held out, drawn as shots and validated on for every directory;
 """
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -35,8 +36,10 @@ from clipindex.probing.shared_task import Aligned, SharedTask, align, pose_share
 from clipindex.probing.task import check_choices, low_precision, name_classes
 from clipindex.probing.train import validation_split
 from clipindex.prompts import read_templates
-from clipindex.store import check_fingerprint, read_dataset
+from clipindex.store import Dataset, check_fingerprint, find_vectors, read_dataset
 from clipindex.types import ModelInfo, ModelSpec
+
+log = logging.getLogger(__name__)
 
 COMPARISON_FILE = "compare.json"
 SHOTS = (1, 2, 4, 8, 16)
@@ -58,6 +61,7 @@ def compare_encoders(
     seed: int = 0,
     c: float | None = README_C,
     features: str = "raw",
+    pre_projection: bool = False,
     names: str | Path | Sequence[str] | None = None,
     templates: str = "simple",
     models: Mapping[str | Path, str | ModelSpec] | None = None,
@@ -78,6 +82,7 @@ def compare_encoders(
         seed: Of all that is drawn; the first one's of the draws.
         c: scikit-learn's C; None to search it for each probe of each directory.
         features: 'raw' or 'normalized'.
+        pre_projection: Let probes learn from the features before the projection, where a directory holds both kinds.
         names: Class names, or a file with one a line, whose place is the label: for zero-shot.
         templates: Its prompts, as in `zeroshot.classify`.
         models: For some of `folders`, how to load the model for that, where the directory's record does not lead to its
@@ -109,17 +114,21 @@ def compare_encoders(
         memory_bytes=memory_bytes,
         on_note=lambda done, note: on_progress(done, len(paths), note),
     )
-    infos = [read_dataset(folder).model for folder in paths]
+    datasets = [read_dataset(folder) for folder in paths]
+    infos = [dataset.model for dataset in datasets]
     labels = name_encoders(paths, infos)
-    for folder, info in zip(test_paths, infos, strict=False):
-        check_fingerprint(folder, read_dataset(folder).model, info)
+    learned = [_learned(folder, dataset, pre_projection) for folder, dataset in zip(paths, datasets, strict=True)]
+    for folder, info, probed in zip(test_paths, infos, learned, strict=False):
+        dataset = read_dataset(folder)
+        check_fingerprint(folder, dataset.model, info)
+        find_vectors(folder, dataset, probed)
     on_progress(0, len(paths), "reading keys and labels")
     task = pose_shared_task(paths, test_paths, HELD_OUT if held_out is None else held_out, seed)
     if shots:
         count_drawn(task.class_ids[task.training], task.classes, settings.shots, c)
     prompts = read_templates(templates)
     texts = _embed_names(paths, infos, name_classes(task.classes, names), prompts, models or {}, precision, settings)
-    measured = [_measure(task, at, labels[at], info, texts[at], settings) for at, info in enumerate(infos)]
+    measured = [_measure(task, at, labels[at], info, texts[at], settings) for at, info in enumerate(learned)]
     results = _pair_with_best(measured)
     both = (task.joined, task.tested) if tests else (task.joined,)
     comparison = Comparison(
@@ -143,6 +152,16 @@ def compare_encoders(
     with atomic_write(Path(out) / COMPARISON_FILE) as file:
         file.write(json.dumps(asdict(comparison), indent=2).encode() + b"\n")
     return comparison
+
+
+def _learned(folder: Path, dataset: Dataset, pre_projection: bool) -> ModelInfo:
+    """What the probes of a directory learn from."""
+    if not pre_projection or dataset.model.features == "pooled":
+        return dataset.model
+    model = dataset.before_projection()
+    if model is None:
+        log.warning("%s holds no features before a projection: its projected ones are probed", folder)
+    return model or dataset.model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,7 +245,9 @@ def _measure(
         settings.on_note(at, f"{name}: {note}")
 
     say("reading")
-    where = (settings.features, settings.device, settings.memory_bytes)
+    folder = Path(task.joined.sides[at].folder)
+    vectors = find_vectors(folder, read_dataset(folder), info)
+    where = (vectors, settings.features, settings.device, settings.memory_bytes)
     own = align(task.joined, at, task.class_ids, *where, may_hold=True)
     linears, strengths = _few_shot(task, own, settings, say)
     full, c, passes, converged = _fit_full(task, own, settings, say)
@@ -238,15 +259,18 @@ def _measure(
     of_probe, right = _test(task, tested, [*linears, full], num_classes, settings)
     zero_shot = None
     if not isinstance(text, str):
-        chosen, at_once = tested.ascending(task.test), block_rows(num_classes, settings.device)
-        (counts,) = count(tested.normalized(settings.device).passes(chosen, at_once), [text], num_classes)
+        where = ("embedding", "normalized", settings.device, settings.memory_bytes)
+        projected = align(task.tested, at, task.tested_ids, *where, may_hold=False)
+        passes_over = projected.rows.passes(projected.ascending(task.test), block_rows(num_classes, settings.device))
+        (counts,) = count(passes_over, [text], num_classes)
         zero_shot = _accuracy(counts)
     result = EncoderResult(
-        folder=task.joined.sides[at].folder,
+        folder=str(folder),
         name=name,
         model=info.spec,
         fingerprint=info.fingerprint,
         dim=info.dim,
+        vectors=info.features,
         zero_shot=zero_shot,
         no_zero_shot=text if isinstance(text, str) else None,
         few_shot=few_shot_points(settings.shots, [_accuracy(one).acc1 for one in of_probe[:-1]], strengths),

@@ -54,7 +54,10 @@ class EncoderResult:
     """In tables and pictures: the model's, with what tells it from others of that name."""
     model: ModelSpec
     fingerprint: str
+    """Of what the probes learned from."""
     dim: int
+    vectors: str
+    """What the probes learned from: 'projected', 'pre-projection' or 'pooled' features."""
     zero_shot: Accuracy | None
     no_zero_shot: str | None
     """Why there is none."""

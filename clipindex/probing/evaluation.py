@@ -1,7 +1,7 @@
 """How good a probe is on labelled rows, and what it says of any rows."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from clipindex.logistic import Block, Passes, block_rows, map_blocks
 from clipindex.metrics import ClassificationCounts, wilson_interval
 from clipindex.probing.probe import Probe
 from clipindex.probing.rows import Ids, Streamed, read_all_labels, take_part
-from clipindex.store import AtomicParquet, check_fingerprint, read_dataset, read_embeddings
+from clipindex.store import NORM_COLUMNS, AtomicParquet, find_vectors, read_dataset, read_embeddings
 
 NUM_RANKED = 5
 CONFUSIONS_SHOWN = 20
@@ -74,11 +74,11 @@ def evaluate_probe(
         StoreError: A file is damaged.
     """
     folder = Path(folder)
-    check_fingerprint(folder, read_dataset(folder).model, probe.model)
+    vectors = find_vectors(folder, read_dataset(folder), probe.model)
     chosen = choose_device(device)
     labels = read_all_labels(folder)
     part, unseen = take_part(labels, probe.classes)
-    rows = Streamed([part], probe.features, chosen)
+    rows = Streamed([replace(part, vectors=vectors)], probe.features, chosen)
     linear = (probe.weights.to(chosen), probe.intercept.to(chosen))
     total = len(rows.class_ids)
     (counts,) = count(
@@ -200,7 +200,8 @@ def write_predictions(
         StoreError: A file is damaged.
     """
     folder = Path(folder)
-    check_fingerprint(folder, read_dataset(folder).model, probe.model)
+    vectors = find_vectors(folder, read_dataset(folder), probe.model)
+    norm = NORM_COLUMNS[vectors]
     chosen = choose_device(device)
     linear = (probe.weights.to(chosen), probe.intercept.to(chosen))
     top = min(top, len(probe.classes))
@@ -209,10 +210,10 @@ def write_predictions(
     parquet = AtomicParquet(Path(out), _prediction_schema(top), compression="zstd")
     rows = 0
     try:
-        for batch in read_embeddings(folder, ("key", "label", "norm")):
+        for batch in read_embeddings(folder, ("key", "label", norm), vectors=vectors):
             x = torch.from_numpy(batch.embedding).to(chosen).float()
             if probe.features == "raw":
-                x = x * torch.from_numpy(batch.columns["norm"].to_numpy().copy()).to(chosen)[:, None]
+                x = x * torch.from_numpy(batch.columns[norm].to_numpy().copy()).to(chosen)[:, None]
             best = best_classes(x, linear, top)
             if not bool(torch.isfinite(best.values).all()):
                 wrong = batch.first_row + int(torch.nonzero(~torch.isfinite(best.values))[0, 0])

@@ -19,6 +19,7 @@ from clipindex.probing.protocols import README_C, Setting, check_c, fit_at
 from clipindex.probing.rows import Ids, Rows, random_ranks
 from clipindex.probing.task import Task, TestRows, pose_task
 from clipindex.prompts import embed_classes, read_templates
+from clipindex.store import read_dataset
 from clipindex.types import ModelInfo, ModelSpec
 
 CURVE_FILE = "few_shot.json"
@@ -69,6 +70,7 @@ def few_shot_curve(
     label: str = "label",
     c: float | None = README_C,
     features: str = "raw",
+    pre_projection: bool = False,
     test: str | Path | None = None,
     held_out: float | None = None,
     names: str | Path | Sequence[str] | None = None,
@@ -91,6 +93,7 @@ def few_shot_curve(
         label: The column of labels.
         c: scikit-learn's C; None to search it, validating on up to four other rows a class, which are not trained on.
         features: 'raw' or 'normalized'.
+        pre_projection: As in `train.train_probe`.
         test: Another directory of the same model.
         held_out: Or a fraction of each class of this one.
         names: Class names, for zero-shot accuracy.
@@ -115,7 +118,15 @@ def few_shot_curve(
         raise UsageError("give at least one seed and numbers of shots of at least 1")
     prompts = read_templates(templates)
     task = pose_task(
-        folder, label=label, features=features, test=test, held_out=held_out, seed=seed, names=names, device=device
+        folder,
+        label=label,
+        features=features,
+        test=test,
+        held_out=held_out,
+        seed=seed,
+        names=names,
+        device=device,
+        pre_projection=pre_projection,
     )
     assert task.test is not None
     shots, draws = sorted(set(shots)), tuple(range(seed, seed + seeds))
@@ -248,9 +259,10 @@ def _zero_shot(
     model: ModelSpec | None,
     precision: str,
 ) -> float:
-    linear = zero_shot_linear(task.folder, task.model, names, templates, model, precision, task.device)
+    info = read_dataset(task.folder).model
+    linear = zero_shot_linear(task.folder, info, names, templates, model, precision, task.device)
     num_classes = len(task.classes)
-    passes = test.rows("normalized", task.device).passes(test.chosen, block_rows(num_classes, task.device))
+    passes = test.embeddings(task.device).passes(test.chosen, block_rows(num_classes, task.device))
     (counts,) = count(passes, [linear], num_classes + len(test.unseen))
     return float(counts.overall()["acc1"] or 0)
 

@@ -17,7 +17,7 @@ import torch
 from clipindex.devices import machine_memory_bytes
 from clipindex.errors import ClassesError, StoreError, UsageError
 from clipindex.logistic import Block, Passes
-from clipindex.store import DTYPES, EmbeddingBatch, read_columns, read_dataset, read_embeddings
+from clipindex.store import DTYPES, NORM_COLUMNS, EmbeddingBatch, read_columns, read_dataset, read_embeddings
 from clipindex.threads import prefetch
 
 Ids = npt.NDArray[np.int64]
@@ -58,6 +58,8 @@ class Part:
     shards: tuple[str, ...]
     class_ids: Ids
     """For each row of these shards, -1 where it is not taken."""
+    vectors: str = "embedding"
+    """The column of them."""
 
 
 def read_all_labels(folder: str | Path, column: str = LABEL_COLUMN) -> Labels:
@@ -137,7 +139,7 @@ class Streamed:
     def __init__(self, parts: Sequence[Part], features: str, device: torch.device) -> None:
         assert features in FEATURES
         self.class_ids: Ids = np.concatenate([part.class_ids[part.class_ids >= 0] for part in parts])
-        self.dim = read_dataset(parts[0].folder).model.dim
+        self.dim = _dim(parts[0])
         self._parts = parts
         self._features = features
         self._device = device
@@ -182,11 +184,12 @@ class Streamed:
         if chosen is not None:
             is_chosen = np.zeros(len(self.class_ids), np.bool_)
             is_chosen[chosen] = True
-        columns = ("norm",) if self._features == "raw" else ()
         taken = 0
         for part in self._parts:
             row = 0
-            batches = prefetch(read_embeddings(part.folder, columns, part.shards), _BATCHES_AHEAD)
+            norm = NORM_COLUMNS[part.vectors] if self._features == "raw" else None
+            columns = () if norm is None else (norm,)
+            batches = prefetch(read_embeddings(part.folder, columns, part.shards, part.vectors), _BATCHES_AHEAD)
             with contextlib.closing(batches):
                 for batch in batches:
                     ids = part.class_ids[row : row + len(batch.embedding)]
@@ -198,7 +201,7 @@ class Streamed:
                     if len(ids) < len(batch.embedding):
                         break
                     if len(wanted):
-                        yield (*_values(batch, wanted, part.folder), torch.from_numpy(ids[wanted]))
+                        yield (*_values(batch, norm, wanted, part.folder), torch.from_numpy(ids[wanted]))
             if row != len(part.class_ids):
                 raise StoreError(f"{part.folder} changed while it was read; run again when nothing writes to it")
 
@@ -299,10 +302,19 @@ def _empty_held(parts: Sequence[Part], dim: int, class_ids: Ids, features: str, 
     )
 
 
-def _values(batch: EmbeddingBatch, wanted: Ids, folder: Path) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _dim(part: Part) -> int:
+    dataset = read_dataset(part.folder)
+    model = dataset.model if part.vectors == "embedding" else dataset.pre_projection
+    assert model is not None
+    return model.dim
+
+
+def _values(
+    batch: EmbeddingBatch, norm_column: str | None, wanted: Ids, folder: Path
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Embeddings and norms of some rows of a batch; refuses what is no number."""
     embedding = batch.embedding if len(wanted) == len(batch.embedding) else batch.embedding[wanted]
-    norm = batch.columns["norm"].to_numpy()[wanted] if "norm" in batch.columns else None
+    norm = None if norm_column is None else batch.columns[norm_column].to_numpy()[wanted]
     sums = torch.from_numpy(embedding).sum(1, dtype=torch.float32)
     if norm is not None:
         sums = sums * torch.from_numpy(norm)

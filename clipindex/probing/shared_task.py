@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from clipindex.probing.join import Joined, join
-from clipindex.probing.rows import Held, Ids, Part, Rows, Streamed, find_classes, hold_if_fits, split, take_part
+from clipindex.probing.rows import Held, Ids, Rows, Streamed, find_classes, hold_if_fits, split, take_part
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,6 @@ class SharedTask:
 class Aligned:
     """Joined rows as one directory has them."""
 
-    part: Part
     rows: Rows
     places: Ids | None
     """Number among `rows` of each joined row; None where they are held in the order of the joined rows."""
@@ -54,12 +53,6 @@ class Aligned:
     def ascending(self, chosen: Ids) -> Ids:
         """The same, in an order in which they may be passed over."""
         return chosen if self.places is None else np.sort(self.places[chosen])
-
-    def normalized(self, device: torch.device) -> Rows:
-        """The same rows with unit features."""
-        if isinstance(self.rows, Held):
-            return replace(self.rows, norm=None)
-        return Streamed([self.part], "normalized", device)
 
 
 def pose_shared_task(paths: Sequence[Path], tests: Sequence[Path], held_out: float, seed: int) -> SharedTask:
@@ -127,6 +120,7 @@ def align(
     joined: Joined,
     at: int,
     class_ids: Ids,
+    vectors: str,
     features: str,
     device: torch.device,
     memory_bytes: int | None,
@@ -139,12 +133,14 @@ def align(
         joined: The rows.
         at: Which directory.
         class_ids: Of the rows [n].
+        vectors: The column of them.
         features: 'raw' or 'normalized'.
         device: Where they go.
         memory_bytes: See `rows.hold_if_fits`.
         may_hold: Whether to hold them where they fit: many passes go over them.
     """
     part, places = joined.part(at, class_ids)
+    part = replace(part, vectors=vectors)
     stored = Streamed([part], features, device)
     rows: Rows = hold_if_fits(stored, memory_bytes, device, chosen=places) if may_hold else stored
-    return Aligned(part=part, rows=rows, places=None if isinstance(rows, Held) else places)
+    return Aligned(rows=rows, places=None if isinstance(rows, Held) else places)

@@ -1,7 +1,7 @@
 """What is to be learned and where it is tested: labelled rows, their classes, and which rows are held out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from clipindex.devices import choose_device, choose_precision
 from clipindex.errors import ClassesError, UsageError
 from clipindex.probing.rows import FEATURES, Ids, Part, Streamed, find_classes, read_all_labels, split, take_part
 from clipindex.prompts import read_classes
-from clipindex.store import check_fingerprint, read_dataset
+from clipindex.store import Dataset, find_vectors, read_dataset
 from clipindex.types import ModelInfo
 
 
@@ -34,6 +34,10 @@ class TestRows:
         """The rows, with features of a kind."""
         return Streamed(self.parts, features, device)
 
+    def embeddings(self, device: torch.device) -> Streamed:
+        """The same rows as unit vectors in the space that texts share, whatever a probe learns from."""
+        return Streamed([replace(part, vectors="embedding") for part in self.parts], "normalized", device)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
@@ -41,6 +45,7 @@ class Task:
 
     folder: Path
     model: ModelInfo
+    """Of the vectors that are learned from."""
     features: str
     classes: tuple[int, ...]
     names: tuple[str, ...] | None
@@ -66,8 +71,9 @@ def pose_task(
     seed: int,
     names: str | Path | Sequence[str] | None,
     device: str,
+    pre_projection: bool,
 ) -> Task:
-    """Read the labels and decide which rows are for what.
+    """Read the labels and decide which rows are for what; `train.train_probe` says what the arguments mean.
 
     Raises:
         UsageError: Options contradict each other.
@@ -77,11 +83,12 @@ def pose_task(
     """
     check_choices(features, held_out, is_tested_elsewhere=test is not None)
     folder = Path(folder)
-    model = read_dataset(folder).model
+    dataset = read_dataset(folder)
+    model = _before_projection(folder, dataset) if pre_projection else dataset.model
     chosen_device = choose_device(device)
     labels = read_all_labels(folder, label)
     classes = find_classes(labels)
-    part, _ = take_part(labels, classes)
+    part = replace(take_part(labels, classes)[0], vectors=find_vectors(folder, dataset, model))
     rows = Streamed([part], features, chosen_device)
     training = torch.arange(len(rows.class_ids)).numpy()
     test_rows = None
@@ -107,6 +114,15 @@ def pose_task(
     )
 
 
+def _before_projection(folder: Path, dataset: Dataset) -> ModelInfo:
+    model = dataset.before_projection()
+    if model is None:
+        raise UsageError(
+            f"{folder} holds no features before a projection; embed with --features both, or leave --pre-projection out"
+        )
+    return model
+
+
 def check_choices(features: str, held_out: float | None, *, is_tested_elsewhere: bool) -> None:
     """Refuse options that contradict each other.
 
@@ -127,9 +143,10 @@ def low_precision(device: torch.device) -> torch.dtype | None:
 
 
 def _other_directory(folder: Path, model: ModelInfo, classes: Sequence[int], label: str) -> TestRows:
-    check_fingerprint(folder, read_dataset(folder).model, model)
+    vectors = find_vectors(folder, read_dataset(folder), model)
     labels = read_all_labels(folder, label)
     part, unseen = take_part(labels, classes)
+    part = replace(part, vectors=vectors)
     return TestRows(parts=(part,), chosen=None, unseen=unseen, left_out=labels.left_out, source=str(folder))
 
 

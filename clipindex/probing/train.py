@@ -30,6 +30,8 @@ class TrainSummary:
     protocol: str
     c: float | None
     features: str
+    vectors: str
+    """'projected', 'pre-projection' or 'pooled'; see `types.ModelInfo`."""
     classes: int
     rows: int
     """Labelled, that were learned from."""
@@ -49,6 +51,7 @@ def train_probe(
     c: float | None = README_C,
     protocol: str | None = None,
     features: str | None = None,
+    pre_projection: bool = False,
     test: str | Path | None = None,
     held_out: float | None = None,
     balanced: bool = False,
@@ -67,6 +70,8 @@ def train_probe(
         c: scikit-learn's C, the inverse of the regularisation; None to search it as CLIP's appendix A.3 does.
         protocol: 'clip-benchmark' for that recipe, which knows no C; otherwise it follows from `c`.
         features: 'raw' (as in the README of CLIP, and by default) or 'normalized' (as in CLIP_benchmark).
+        pre_projection: Learn from the features before the projection, where `folder` holds both kinds: those that the
+            CLIP paper's probes are fitted to.
         test: Another directory of the same model, to test on.
         held_out: Or a fraction of each class of this one.
         balanced: Whether classes count alike, however many rows they have.
@@ -89,7 +94,15 @@ def train_probe(
     if features is None:
         features = "normalized" if uses_adamw else "raw"
     task = pose_task(
-        folder, label=label, features=features, test=test, held_out=held_out, seed=seed, names=names, device=device
+        folder,
+        label=label,
+        features=features,
+        test=test,
+        held_out=held_out,
+        seed=seed,
+        names=names,
+        device=device,
+        pre_projection=pre_projection,
     )
     rows = hold_if_fits(task.rows, memory_bytes, task.device)
     if uses_adamw:
@@ -115,6 +128,7 @@ def train_probe(
         protocol=probe.protocol,
         c=probe.c,
         features=features,
+        vectors=task.model.features,
         classes=len(task.classes),
         rows=len(task.training),
         left_out=task.left_out,

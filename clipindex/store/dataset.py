@@ -37,12 +37,9 @@ class Dataset:
     pre_projection: ModelInfo | None = None
     """Of the column of that name: the model's features before its projection, where they were embedded as well."""
 
-    def column_of(self, fingerprint: str) -> str | None:
-        """The column of vectors that have a fingerprint; None where there is none."""
-        columns = {self.model.fingerprint: "embedding"}
-        if self.pre_projection is not None:
-            columns[self.pre_projection.fingerprint] = PRE_PROJECTION
-        return columns.get(fingerprint)
+    def before_projection(self) -> ModelInfo | None:
+        """Of the features before a projection, in whatever column; None where there are none."""
+        return self.model if self.model.features == "pre-projection" else self.pre_projection
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,6 +194,18 @@ def check_fingerprint(where: Path, found: ModelInfo, wanted: ModelInfo) -> None:
             f"{where} holds embeddings of {describe_model(found)}, not of {describe_model(wanted)};"
             " use that model, or another directory"
         )
+
+
+def find_vectors(where: Path, dataset: Dataset, wanted: ModelInfo) -> str:
+    """The column of a directory that holds a model's vectors.
+
+    Raises:
+        FingerprintError: None does.
+    """
+    if dataset.pre_projection is not None and dataset.pre_projection.fingerprint == wanted.fingerprint:
+        return PRE_PROJECTION
+    check_fingerprint(where, dataset.model, wanted)
+    return "embedding"
 
 
 def describe_model(model: ModelInfo) -> str:

@@ -143,7 +143,7 @@ def read_embeddings(
         folder: The embedding directory.
         columns: What to read beside the embeddings: any of the schema's columns.
         names: Shards to read; all published ones by default.
-        vectors: The column that is given as `EmbeddingBatch.embedding`; see `Dataset.column_of`.
+        vectors: The column that is given as `EmbeddingBatch.embedding`; see `find_vectors`.
 
     Yields:
         At most 2 x `ROW_GROUP_ROWS` rows at a time; nothing of earlier batches is kept.
