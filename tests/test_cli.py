@@ -100,6 +100,7 @@ def test_json_is_the_only_thing_on_standard_output_and_logs_are_lines(tmp_path):
         (["embed", "a.tar", "--out", "out"], 2, "--model"),
         (["embed", "a.tar", "--out", "out", "--model", "ViT-B-33"], 1, "ViT-B-32"),
         (["embed", "pipe:cat x", "--out", "out", *TINY], 1, "refused"),
+        (["embed", "a.tar", "--out", "out", "--model", "demo", "--device", "tpu"], 2, "tpu"),
         (
             ["embed", "a.tar", "--out", "out", *TINY, *BATCHES, "--max-reject-rate", "0.05"],
             3,
