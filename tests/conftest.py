@@ -1,11 +1,16 @@
 """Fixtures that several test modules share."""
 
 import hashlib
+import os
 
 import numpy as np
 import pytest
 
 from clipindex.types import ModelInfo, ModelSpec, Preprocess, Vectors
+
+# PyTorch's and FAISS's threads that wait for each other do so asleep, here and in every process that a test starts:
+# spinning, they take a machine's cores from each other and from whatever else runs. Read when those are first imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 class PixelEncoder:

@@ -1,12 +1,10 @@
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command_line import run_cli, run_process
 from corpus import encoded, labelled, picture, write_tar
 
 from clipindex import ModelSpec, embed, list_shards, load_model, measure_retrieval, read_embeddings, read_samples
@@ -170,13 +168,9 @@ def test_shards_that_go_while_they_are_read_are_said(distinct, tmp_path):
 
 
 def test_the_command(distinct):
-    def clipindex(*arguments):
-        command = [Path(sys.executable).with_name("clipindex"), "retrieval", distinct, *arguments]
-        return subprocess.run(list(map(str, command)), capture_output=True, text=True)
-
-    done = clipindex("--k", "1,3", "--device", "cpu", "--precision", "fp32", "--json")
+    done = run_process("retrieval", distinct, "--k", "1,3", "--device", "cpu", "--precision", "fp32", "--json")
     assert done.returncode == 0, done.stderr
     expected, _, _ = by_definition(distinct, (1, 3))
     assert json.loads(done.stdout)["metrics"] == pytest.approx(expected)
     for wrong in (["--k", "0"], ["--k", "one"], ["--random-init", "1"]):
-        assert clipindex(*wrong).returncode == 2
+        assert run_cli("retrieval", distinct, *wrong).returncode == 2

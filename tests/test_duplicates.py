@@ -1,11 +1,9 @@
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from command_line import run_cli, run_process
 from directories import clustered, write_shard
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -145,9 +143,9 @@ def test_an_index_that_does_not_know_all_rows_is_refused(tmp_path):
 def test_the_command(tmp_path):
     write_shard(tmp_path, "a", np.repeat(clustered(50), 2, axis=0))
     build_index(tmp_path, **HERE)
-    command = [Path(sys.executable).with_name("clipindex"), "dedup", tmp_path, "--threshold", "0.999"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = ["dedup", tmp_path, "--threshold", "0.999"]
+    done = run_process(*command)
     assert done.returncode == 0, done.stderr
     assert "50 of 100 rows could go: 50 groups" in done.stdout
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
+    done = run_cli(*command, "--json")
     assert json.loads(done.stdout)["duplicates"] == 50

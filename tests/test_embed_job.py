@@ -14,7 +14,7 @@ from clipindex.models import load_model
 from clipindex.store import published_shards
 from clipindex.types import ModelSpec
 
-TINY = {"model": "demo", "precision": "fp32", "device": "cpu"}
+TINY = {"model": "demo", "precision": "fp32", "device": "cpu", "batch_size": 8}
 
 
 @pytest.fixture

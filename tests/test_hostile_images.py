@@ -11,6 +11,7 @@ import zlib
 
 import numpy as np
 import pytest
+from command_line import with_modules
 from corpus import encoded, picture
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -220,8 +221,9 @@ def test_without_a_decoder_the_reject_says_what_to_install(tmp_path):
         "try: decode_image(open('x.heic', 'rb').read(), p, np.zeros((8, 8, 3), np.uint8))\n"
         "except SampleError as error: print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)},
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=with_modules(tmp_path), capture_output=True, text=True
+    )
     assert "clipindex[heif]" in done.stdout, done.stderr
 
 

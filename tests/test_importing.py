@@ -2,8 +2,6 @@ import json
 import os
 import pickle
 import re
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from command_line import run_cli, run_process
 
 from clipindex import (
     Query,
@@ -24,7 +23,6 @@ from clipindex import (
     search,
     verify,
 )
-from clipindex.cli import commands
 from clipindex.errors import FingerprintError, SourceError, StoreError, UsageError
 from clipindex.store import published_shards
 from clipindex.types import ModelSpec
@@ -498,22 +496,16 @@ def test_damaged_bytes_end_in_a_word_and_no_exception(tmp_path):
     assert outcomes[True] > 5
 
 
-def clipindex(*arguments):
-    command = [Path(sys.executable).with_name("clipindex"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_the_command(tmp_path, capsys):
+def test_the_command(tmp_path):
     put(tmp_path / "c", "0", unit(20), frame(20))
     put(tmp_path / "c", "1", unit(20), frame(19))
-    done = clipindex("import", tmp_path / "c", "--out", tmp_path / "out", "--model", "demo")
+    done = run_process("import", tmp_path / "c", "--out", tmp_path / "out", "--model", "demo")
     assert done.returncode == 1
     assert "20 rows + 0 rejects = 20 vectors" in done.stdout
     assert re.search(r"failed: .*img_emb_1.npy has 20 vectors, but .*metadata_1.parquet 19 rows", done.stderr)
     assert "Traceback" not in done.stderr
     put(tmp_path / "c", "1", unit(20), pd.DataFrame({"key": ["a"] * 20}))
-    again = ["import", str(tmp_path / "c"), "--out", str(tmp_path / "out"), "--model", "demo", "--json"]
-    assert commands.main(again, standalone_mode=False) == 3
-    said = capsys.readouterr()
-    assert "95.0% of the vectors are rejects" in said.err
-    assert json.loads(said.out)["rejects_by_stage"] == {"tar": 19}
+    again = run_cli("import", tmp_path / "c", "--out", tmp_path / "out", "--model", "demo", "--json")
+    assert again.returncode == 3
+    assert "95.0% of the vectors are rejects" in again.stderr
+    assert json.loads(again.stdout)["rejects_by_stage"] == {"tar": 19}

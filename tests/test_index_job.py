@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import multiprocessing
 import shutil
@@ -10,6 +11,7 @@ import faiss
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from command_line import run_cli, run_process
 from directories import INFO, clustered, write_directory, write_shard
 
 from clipindex import build_index, search, verify
@@ -36,6 +38,29 @@ def folder(made, tmp_path):
     return Path(shutil.copytree(made, tmp_path / "emb"))
 
 
+@pytest.fixture(scope="module")
+def built(made, tmp_path_factory):
+    """The same with an index, built once for all tests that begin with one like it, and the summary."""
+
+    @functools.cache
+    def build_once(**options):
+        folder = shutil.copytree(made, tmp_path_factory.mktemp("built") / "emb")
+        return folder, build_index(folder, **options, **HERE)
+
+    return build_once
+
+
+@pytest.fixture
+def indexed(built, tmp_path):
+    """A copy of one of these to work on, and its summary."""
+
+    def copied(**options):
+        template, summary = built(**options)
+        return Path(shutil.copytree(template, tmp_path / "emb")), summary
+
+    return copied
+
+
 def stored(folder):
     batches = list(read_embeddings(folder, ("key",)))
     keys = [key for batch in batches for key in batch.columns["key"].to_pylist()]
@@ -60,8 +85,8 @@ def found_of_truth(folder, keys, k=10):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_reaches_its_target_and_says_so_truly(folder, kind):
-    summary = build_index(folder, kind=kind, target_recall=0.9, **HERE)
+def test_each_kind_reaches_its_target_and_says_so_truly(indexed, kind):
+    folder, summary = indexed(kind=kind, target_recall=0.9)
     assert (summary.kind, summary.rows, summary.shards, summary.is_new) == (kind, 6000, 3, True)
     recall = summary.recall["image"]
     assert recall.recall_at_10 >= 0.9
@@ -84,8 +109,8 @@ def test_the_effort_is_the_least_that_reaches_the_target(folder):
     assert not most.is_new  # it was trained already
 
 
-def test_what_faiss_alone_reads_gives_the_same_rows(folder):
-    build_index(folder, kind="ivf", **HERE)
+def test_what_faiss_alone_reads_gives_the_same_rows(indexed):
+    folder, _ = indexed(kind="ivf")
     (path,) = (folder / "index").glob("index-*.faiss")
     program = f"""
 import faiss, numpy as np
@@ -105,8 +130,8 @@ print("ids", index.search(vectors, 1)[1][:, 0].tolist(), index.metric_type)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shards_come_go_and_are_replaced_without_training_anew(folder, kind):
-    first = build_index(folder, kind=kind, target_recall=0.9, **HERE)
+def test_shards_come_go_and_are_replaced_without_training_anew(indexed, kind):
+    folder, first = indexed(kind=kind, target_recall=0.9)
     write_shard(folder, "s3", clustered(500, seed=7))
     (folder / "embeddings" / "s1.parquet").unlink()
     write_shard(folder, "s2", clustered(1500, seed=8), version="mtime:2")
@@ -126,8 +151,8 @@ def test_shards_come_go_and_are_replaced_without_training_anew(folder, kind):
     assert len(list((folder / "index").iterdir())) == (4 if kind.startswith("ivf") else 3)
 
 
-def test_hnsw_takes_more_and_leaves_out_what_went(folder):
-    build_index(folder, kind="hnsw", target_recall=0.9, **HERE)
+def test_hnsw_takes_more_and_leaves_out_what_went(indexed):
+    folder, _ = indexed(kind="hnsw", target_recall=0.9)
     write_shard(folder, "s3", clustered(3000, seed=7))
     build_index(folder, target_recall=0.9, **HERE)
     write_shard(folder, "s0", clustered(10, seed=9), version="mtime:2")
@@ -143,8 +168,8 @@ def test_hnsw_takes_more_and_leaves_out_what_went(folder):
     assert found_of_truth(folder, [f"s2-{at}" for at in range(100)]) > 0.8
 
 
-def test_rows_the_index_does_not_know_are_found_all_the_same(folder, caplog):
-    build_index(folder, kind="ivf", **HERE)
+def test_rows_the_index_does_not_know_are_found_all_the_same(indexed, caplog):
+    folder, _ = indexed(kind="ivf")
     extra = clustered(50, seed=5)
     write_shard(folder, "t", extra)
     write_shard(folder, "s0", extra[::-1], version="mtime:2")
@@ -158,8 +183,8 @@ def test_rows_the_index_does_not_know_are_found_all_the_same(folder, caplog):
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf", "ivfpq"])
 @pytest.mark.parametrize("labels", [(3,), (1, 2, 3, 4, 5, 6)])
-def test_filters_hold_through_the_index(folder, kind, labels):
-    build_index(folder, kind=kind, target_recall=0.9, **HERE)
+def test_filters_hold_through_the_index(built, kind, labels):
+    folder, _ = built(kind=kind, target_recall=0.9)
     keys = [f"s1-{at}" for at in range(0, 300, 3)]
     truth = search_keys(folder, keys, where=Filter(labels=labels), exact=True)
     found = search_keys(folder, keys, where=Filter(labels=labels))
@@ -223,8 +248,8 @@ def test_queries_that_are_texts_are_measured_too(tmp_path):
 
 @pytest.mark.parametrize("role", ["metadata.json", "index-*.faiss", "lists-*.bin", "shards-*.parquet"])
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone", "empty"])
-def test_damage_is_named_and_mended_by_building_again(folder, role, damage):
-    build_index(folder, kind="ivf", **HERE)
+def test_damage_is_named_and_mended_by_building_again(indexed, role, damage):
+    folder, _ = indexed(kind="ivf")
     (path,) = (folder / "index").glob(role)
     data = bytearray(path.read_bytes())
     if damage == "changed":
@@ -243,8 +268,8 @@ def test_damage_is_named_and_mended_by_building_again(folder, role, damage):
     assert not index_faults(folder)
 
 
-def test_an_index_of_other_embeddings_is_refused(folder, tmp_path):
-    build_index(folder, kind="ivf", **HERE)
+def test_an_index_of_other_embeddings_is_refused(indexed, tmp_path):
+    folder, _ = indexed(kind="ivf")
     write_directory(tmp_path / "other")
     shutil.copytree(folder / "index", tmp_path / "other" / "index")
     path = tmp_path / "other" / "index" / "metadata.json"
@@ -256,9 +281,9 @@ def test_an_index_of_other_embeddings_is_refused(folder, tmp_path):
     assert search_keys(tmp_path / "other", ["s0-1"])[0][0].key == "s0-1"
 
 
-def test_vectors_that_are_not_those_of_the_rows_are_noticed(folder):
+def test_vectors_that_are_not_those_of_the_rows_are_noticed(indexed):
     """As of an index that was copied from elsewhere by hand, states and all."""
-    build_index(folder, kind="ivf", **HERE)
+    folder, _ = indexed(kind="ivf")
     (lists,) = (folder / "index").glob("lists-*.bin")
     data = np.fromfile(lists, np.uint8)
     lists.write_bytes(data[::-1].tobytes())
@@ -271,16 +296,16 @@ def test_vectors_that_are_not_those_of_the_rows_are_noticed(folder):
     [{"effort": {"probes": "3", "candidates": 1}}, {"effort": {"probes": -1, "candidates": 1}}, {"files": {}},
      {"rows": 10**9}, {"format_version": 7}, {"plan": {}}],
 )  # fmt: skip
-def test_metadata_that_cannot_be_is_refused(folder, change):
-    build_index(folder, kind="ivf", **HERE)
+def test_metadata_that_cannot_be_is_refused(indexed, change):
+    folder, _ = indexed(kind="ivf")
     path = folder / "index" / "metadata.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(StoreError, match="--rebuild"):
         search_keys(folder, ["s0-1"])
 
 
-def test_a_copied_directory_keeps_its_index(folder, tmp_path):
-    build_index(folder, kind="ivf", **HERE)
+def test_a_copied_directory_keeps_its_index(indexed, tmp_path):
+    folder, _ = indexed(kind="ivf")
     copy = tmp_path / "elsewhere"
     shutil.copytree(folder, copy, copy_function=shutil.copyfile)
     assert build_index(copy, **HERE).steps == {}
@@ -407,11 +432,11 @@ def test_other_runs_may_publish_meanwhile(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_a_shard_replaced_during_a_search_is_searched_again(folder, monkeypatch, exact):
+def test_a_shard_replaced_during_a_search_is_searched_again(indexed, monkeypatch, exact):
     """Or its hits would have the keys of other rows."""
     from clipindex import retrieval
 
-    build_index(folder, kind="ivf", **HERE)
+    folder, _ = indexed(kind="ivf")
     search_rows = retrieval.nearest
     again = clustered(2000, seed=1)[::-1]  # the same rows in another order
 
@@ -456,21 +481,16 @@ def test_a_reader_never_meets_half_an_index(folder):
     assert len(list((folder / "index").iterdir())) == 4
 
 
-def clipindex(*arguments):
-    command = [Path(sys.executable).with_name("clipindex"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 def test_the_command(folder):
-    done = clipindex("index", folder, "--kind", "ivf", "--memory", "1 GB", "--device", "cpu", "--json")
+    done = run_process("index", folder, "--kind", "ivf", "--memory", "1 GB", "--device", "cpu", "--json")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert (summary["kind"], summary["rows"]) == ("ivf", 6000)
-    again = clipindex("index", folder)
+    again = run_cli("index", folder)
     assert "nothing new" in again.stdout
-    found = clipindex("search", folder, "--key", "s1-5", "-k", 3, "--json")
+    found = run_cli("search", folder, "--key", "s1-5", "-k", 3, "--json")
     assert json.loads(found.stdout)[0]["hits"][0]["key"] == "s1-5"
-    missed = clipindex("index", folder, "--target-recall", 1, "--max-query-ms", 0.001, "--rebuild", "--device", "cpu")
+    missed = run_cli("index", folder, "--target-recall", 1, "--max-query-ms", 0.001, "--rebuild", "--device", "cpu")
     assert (missed.returncode, missed.stdout) == (1, "")
     assert "no index was published" in missed.stderr
     for wrong in (
@@ -480,4 +500,4 @@ def test_the_command(folder):
         ["--pretrained", "x"],
         ["--target-recall", "2"],
     ):
-        assert clipindex("index", folder, *wrong).returncode == 2
+        assert run_cli("index", folder, *wrong).returncode == 2

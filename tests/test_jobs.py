@@ -5,15 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+from command_line import with_modules
 from corpus import CRASHING_PLUGIN, POISON, labelled, write_tar
 
 NIGHTLY = Path(__file__).parents[1] / "jobs" / "nightly.sh"
 
 
-def nightly(*arguments, **environment):
+def nightly(*arguments, environment=os.environ):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.run(
-        [NIGHTLY, *map(str, arguments)], capture_output=True, text=True, env={**os.environ, "PATH": path, **environment}
+        [NIGHTLY, *map(str, arguments)], capture_output=True, text=True, env={**environment, "PATH": path}
     )
 
 
@@ -31,7 +32,7 @@ def test_each_night_embeds_what_is_new(tmp_path):
 def test_images_that_crash_their_decoders_do_not_end_the_night(tmp_path):
     (tmp_path / "pillow_heif.py").write_text(CRASHING_PLUGIN)
     write_tar(tmp_path / "a.tar", [("bad.heic", POISON), *labelled(["a", "b"])])
-    done = nightly(tmp_path / "a.tar", tmp_path / "out", "demo", PYTHONPATH=str(tmp_path))
+    done = nightly(tmp_path / "a.tar", tmp_path / "out", "demo", environment=with_modules(tmp_path))
     assert "running again, its images one by one" in done.stderr
     (night,) = [json.loads(line) for line in (tmp_path / "out" / "nightly.jsonl").read_text().splitlines()]
     assert (night["rows"], night["rejects"]) == (2, 1)

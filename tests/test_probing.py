@@ -1,13 +1,11 @@
 import json
-import subprocess
-import sys
 from hashlib import sha256
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from command_line import run_cli, run_process
 from probe_data import features, model, read_back, write_directory
 from safetensors.torch import load_file, save
 from sklearn.linear_model import LogisticRegression
@@ -319,28 +317,24 @@ def test_probes_that_are_missing_or_damaged_are_said(corpus, trained, tmp_path):
             read_probe(tmp_path)
 
 
-def clipindex(*arguments):
-    command = [Path(sys.executable).with_name("clipindex"), "probe", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
 def test_the_commands(shapes, tmp_path):
     names = DATA / "wds_shapes" / "classnames.txt"
     probe = tmp_path / "probe"
-    done = clipindex("train", shapes, "--split", 0.3, "--c", "auto", "--classes", names, "--out", probe, "--json")
+    done = run_process("probe", "train", shapes, "--split", 0.3, "--c", "auto", "--classes", names, "--out", probe,
+                       "--json")  # fmt: skip
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert summary["protocol"] == "clip-a3"
     assert summary["test"]["acc1"] > 0.8
-    done = clipindex("eval", shapes, "--probe", probe, "--out", tmp_path / "eval.json")
+    done = run_cli("probe", "eval", shapes, "--probe", probe, "--out", tmp_path / "eval.json")
     assert done.returncode == 0, done.stderr
     assert "red oval" in done.stdout and "acc1 " in done.stdout
     assert json.loads((tmp_path / "eval.json").read_text())["acc1"] > 0.8
-    done = clipindex("predict", shapes, "--probe", probe, "--out", tmp_path / "p.parquet", "--top", 2)
+    done = run_cli("probe", "predict", shapes, "--probe", probe, "--out", tmp_path / "p.parquet", "--top", 2)
     assert done.returncode == 0, done.stderr
     assert len(pq.read_table(tmp_path / "p.parquet")["class_name"][0]) == 2
-    done = clipindex("train", shapes, "--split", 0.3, "--shots", "1,2", "--out", probe, "--plot", tmp_path / "c.svg",
-                     "--classes", names)  # fmt: skip
+    done = run_cli("probe", "train", shapes, "--split", 0.3, "--shots", "1,2", "--out", probe,
+                   "--plot", tmp_path / "c.svg", "--classes", names)  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "zero-shot" in done.stdout and "2 shots" in done.stdout
     assert "<svg" in (tmp_path / "c.svg").read_text()
@@ -361,6 +355,6 @@ def test_the_commands(shapes, tmp_path):
     ],
 )
 def test_mistakes_end_in_status_2(arguments, message):
-    done = clipindex(*arguments)
+    done = run_cli("probe", *arguments)
     assert done.returncode == 2
     assert message in done.stderr

@@ -1,13 +1,12 @@
 import json
-import subprocess
-import sys
+import os
 import time
-from pathlib import Path
 
 import faiss
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from command_line import run_cli, run_process
 from corpus import encoded, labelled, picture, write_tar
 from PIL import Image
 
@@ -157,7 +156,7 @@ def test_a_tar_that_changed_gives_no_images_of_other_rows(tmp_path):
     write_tar(corpus, labelled(["b", "a"], seed=5))
     with pytest.raises(SourceError, match="changed since it was embedded"):
         read_image(tmp_path / "out", first)
-    done = clipindex("search", tmp_path / "out", "--key", "a", "--save", tmp_path / "images")
+    done = run_cli("search", tmp_path / "out", "--key", "a", "--save", tmp_path / "images")
     assert done.returncode == 1
     assert "2 images not saved" in done.stderr and "no image saved" in done.stderr
     assert not (tmp_path / "images").exists()
@@ -187,11 +186,6 @@ def test_hits_as_parquet(shapes, tmp_path):
     assert rows[3]["text"] == "blue square"
 
 
-def clipindex(*arguments, env=None):
-    command = [Path(sys.executable).with_name("clipindex"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=env)
-
-
 def wait_for(path):
     """The viewer is not waited for."""
     deadline = time.monotonic() + 10
@@ -202,8 +196,8 @@ def wait_for(path):
 
 def test_the_command(shapes, tmp_path):
     (tmp_path / "queries.txt").write_text("a photo of a red oval\na photo of a blue square\n")
-    done = clipindex("search", shapes / "out", "--queries", tmp_path / "queries.txt", "-k", 4, "--json",
-                     "--save", tmp_path / "images", "--out", tmp_path / "hits.parquet", "--device", "cpu")  # fmt: skip
+    done = run_cli("search", shapes / "out", "--queries", tmp_path / "queries.txt", "-k", 4, "--json",
+                   "--save", tmp_path / "images", "--out", tmp_path / "hits.parquet", "--device", "cpu")  # fmt: skip
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert [one["query"] for one in document] == ["a photo of a red oval", "a photo of a blue square"]
@@ -216,8 +210,8 @@ def test_the_command(shapes, tmp_path):
     viewer = tmp_path / "bin" / "xdg-open"
     viewer.write_text(f'#!/bin/sh\ncp "$1" {tmp_path / "shown.png"}\n')
     viewer.chmod(0o755)
-    sheet = clipindex("search", shapes / "out", "--key", "scene_000007", "-k", 7, "--save", tmp_path / "sheet.png",
-                      "--open", env={"PATH": f"{viewer.parent}:/usr/bin:/bin"})  # fmt: skip
+    sheet = run_process("search", shapes / "out", "--key", "scene_000007", "-k", 7, "--save", tmp_path / "sheet.png",
+                        "--open", env={**os.environ, "PATH": f"{viewer.parent}:/usr/bin:/bin"})  # fmt: skip
     assert sheet.returncode == 0, sheet.stderr
     assert "scene_000007" in sheet.stdout.splitlines()[0]
     wait_for(tmp_path / "shown.png")
@@ -231,4 +225,4 @@ def test_the_command(shapes, tmp_path):
         ["--text", "a", "--out", "hits.csv"],
         ["--text", "a", "--random-init", "1"],
     ):
-        assert clipindex("search", shapes / "out", *wrong).returncode == 2
+        assert run_cli("search", shapes / "out", *wrong).returncode == 2

@@ -2,14 +2,13 @@ import gzip
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from command_line import run_cli, run_process
 from corpus import encoded, labelled, picture, write_tar
 
 from clipindex.embed_job import embed
@@ -244,15 +243,14 @@ def test_another_model_is_refused(out, tmp_path):
 
 
 def test_the_command_names_faults_and_fails(out):
-    command = [Path(sys.executable).with_name("clipindex"), "verify", out]
-    good = subprocess.run(command, capture_output=True, text=True)
+    good = run_process("verify", out)
     assert good.returncode == 0, good.stderr
     assert good.stdout.endswith("no fault\n")
     shard(out).write_bytes(encoded(picture()))
-    bad = subprocess.run([*command, "--json"], capture_output=True, text=True)
+    bad = run_cli("verify", out, "--json")
     assert bad.returncode == 1
     (fault,) = json.loads(bad.stdout)["faults"]
     assert fault["path"] == str(shard(out))
-    assert "fault: " in subprocess.run(command, capture_output=True, text=True).stdout
-    refused = subprocess.run([*command, "--sample", "3"], capture_output=True, text=True)
+    assert "fault: " in run_cli("verify", out).stdout
+    refused = run_cli("verify", out, "--sample", 3)
     assert refused.returncode == 2
