@@ -292,8 +292,8 @@ def test_the_command(shapes, tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     head, *rows = done.stdout.splitlines()
     assert "20 classes, joined by key" in head and head.endswith("-> compare")
-    assert rows[0].split()[:5] == ["directory", "model", "D", "zero-shot", "1"]
-    assert rows[2].split()[:4] == ["again", "demo", "64", "100.00%*"]
+    assert rows[0].split()[:5] == ["directory", "model", "probed", "D", "zero-shot"]
+    assert rows[2].split()[:5] == ["again", "demo", "projected", "64", "100.00%*"]
     assert "McNemar" in rows[3] and "only demo (again) on 0" in rows[3]
     assert "<svg" in Path("c.svg").read_text()
     assert json.loads(Path("compare/compare.json").read_text())["seeds"] == [0, 1, 2]

@@ -5,8 +5,20 @@ import pyarrow.parquet as pq
 import pytest
 from corpus import encoded, labelled, picture, write_tar
 
-from clipindex import classify, embed, read_embeddings, search, verify
-from clipindex.errors import FingerprintError, ModelError, StoreError
+from clipindex import (
+    classify,
+    compare_encoders,
+    embed,
+    evaluate_probe,
+    few_shot_curve,
+    read_embeddings,
+    read_probe,
+    search,
+    train_probe,
+    verify,
+)
+from clipindex.errors import FingerprintError, ModelError, StoreError, UsageError
+from clipindex.probing import write_predictions
 from clipindex.retrieval import Query
 from clipindex.store import NORM_COLUMNS, PRE_PROJECTION, find_vectors, read_dataset
 
@@ -102,3 +114,48 @@ def test_a_backbone_has_no_projection(folders, tmp_path):
     with pytest.raises(ModelError, match="timm:test_resnet: its image tower ends in no projection"):
         embed(str(folders / "corpus"), tmp_path / "out", features="both", model="timm:test_resnet", random_init=0)
     assert not (tmp_path / "out").exists()
+
+
+def test_probes_of_both_kinds_are_those_of_the_single_directories(folders, tmp_path):
+    alone = train_probe(folders / "pre-projection", held_out=0.3, out=tmp_path / "alone")
+    beside = train_probe(folders / "both", held_out=0.3, pre_projection=True, out=tmp_path / "beside")
+    assert (alone.vectors, beside.vectors) == ("pre-projection", "pre-projection")
+    assert beside.training["objective"] == pytest.approx(alone.training["objective"], rel=1e-3)
+    probe = read_probe(tmp_path / "beside")
+    assert probe.weights.shape[1] == 512
+    first, second = (evaluate_probe(folders / name, probe) for name in ("pre-projection", "both"))
+    assert first.acc1 == second.acc1
+    write_predictions(folders / "both", probe, tmp_path / "predictions.parquet")
+    assert pq.read_table(tmp_path / "predictions.parquet").num_rows == 49
+    with pytest.raises(FingerprintError, match="not of .*512-d, before the projection"):
+        evaluate_probe(folders / "projected", probe)
+    with pytest.raises(UsageError, match="embed with --features both, or leave --pre-projection out"):
+        train_probe(folders / "projected", held_out=0.3, pre_projection=True)
+    with pytest.raises(UsageError, match="holds no features before a projection"):
+        train_probe(folders / "timm", held_out=0.3, pre_projection=True)
+
+
+def test_encoders_are_compared_by_the_features_before_the_projection_where_there_are_any(folders, tmp_path, caplog):
+    paths = [folders / name for name in ("both", "timm", "projected")]
+    how = {"shots": [1], "seeds": 1, "out": tmp_path / "compare", "names": ["a", "b", "c"], **HOW}
+    both, backbone, projected = compare_encoders(paths, pre_projection=True, **how).encoders
+    assert [one.vectors for one in (both, backbone, projected)] == ["pre-projection", "pooled", "projected"]
+    assert [one.dim for one in (both, backbone, projected)] == [512, 96, 64]
+    assert f"{folders / 'projected'} holds no features before a projection" in caplog.text
+    # Class names are compared with the projected features in either case.
+    assert both.zero_shot == projected.zero_shot
+    assert backbone.zero_shot is None
+    assert backbone.no_zero_shot == "its embeddings lie in no space with texts"
+    as_it_is = compare_encoders(paths[:2], **how).encoders[0]
+    assert (as_it_is.vectors, as_it_is.zero_shot) == ("projected", both.zero_shot)
+
+
+def test_a_few_shot_curve_before_the_projection_beside_zero_shot_after_it(folders, tmp_path):
+    how = {"held_out": 0.3, "names": ["a", "b", "c"], "seeds": 3, "device": "cpu", "precision": "fp32"}
+    curves = [
+        few_shot_curve(folders / "both", [1, 2, 4], pre_projection=flag, out=tmp_path / str(flag), **how)
+        for flag in (False, True)
+    ]
+    assert curves[0].zero_shot == curves[1].zero_shot is not None
+    assert curves[0].points != curves[1].points
+    assert [curve.vectors for curve in curves] == ["projected", "pre-projection"]

@@ -48,6 +48,8 @@ class FewShotCurve:
     out: str
     model: str
     features: str
+    vectors: str
+    """'projected', 'pre-projection' or 'pooled'; see `types.ModelInfo`."""
     classes: int
     test: str
     """Where the rows are from that were measured."""
@@ -142,6 +144,7 @@ def few_shot_curve(
         out=str(target),
         model=task.model.spec.name,
         features=features,
+        vectors=task.model.features,
         classes=len(task.classes),
         test=task.test.source,
         test_rows=test_rows,
