@@ -48,7 +48,7 @@ FAULTS_A_SHARD = 20
 """After which nobody needs to be told more of it."""
 
 _REFRESH = "run embed with --refresh"
-_COLUMNS = ("key", "norm", "label", "caption", "meta", "width", "height", "tar_offset", "tar_size")
+_COLUMNS = ("key", "norm", "label", "labels", "caption", "meta", "width", "height", "tar_offset", "tar_size")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -368,6 +368,7 @@ def _differences(found: dict[str, Any], item: Sample | Reject) -> list[str]:
         return [f"it is no image there ({item.reason}); all"]
     expected = {
         "label": item.label,
+        "labels": None if item.labels is None else list(item.labels),
         "caption": item.caption,
         "meta": item.meta,
         "tar_offset": item.tar_offset,

@@ -63,6 +63,9 @@ class ShardRecord:
         return self.decoder == IMPORTED
 
 
+LABELS_TYPE = pa.list_(pa.field("element", pa.int32(), nullable=False))
+
+
 def embedding_schema(dim: int, dtype: str) -> pa.Schema:
     """Arrow schema of an embeddings file; no part of an embedding is nullable, which quintuples reading speed."""
     element = pa.float16() if dtype == "float16" else pa.float32()
@@ -72,6 +75,7 @@ def embedding_schema(dim: int, dtype: str) -> pa.Schema:
             pa.field("embedding", pa.list_(pa.field("element", element, nullable=False), dim), nullable=False),
             pa.field("norm", pa.float32(), nullable=False),
             pa.field("label", pa.int32()),
+            pa.field("labels", LABELS_TYPE),
             pa.field("caption", pa.string()),
             pa.field("meta", pa.string()),
             pa.field("width", pa.int32(), nullable=False),

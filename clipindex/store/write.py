@@ -14,6 +14,7 @@ from clipindex.atomic import AtomicFile, exclusively
 from clipindex.errors import StoreError
 from clipindex.store.dataset import (
     FOOTER_KEY,
+    LABELS_TYPE,
     REJECT_SCHEMA,
     ROW_GROUP_ROWS,
     Dataset,
@@ -98,6 +99,7 @@ class ShardWriter:
             pa.FixedSizeListArray.from_arrays(flat, type=self._schema.field("embedding").type),
             pa.array(norms, pa.float32()),
             pa.array([sample.label for sample in samples], pa.int32()),
+            pa.array([sample.labels for sample in samples], LABELS_TYPE),
             pa.array([sample.caption for sample in samples], pa.string()),
             pa.array([sample.meta for sample in samples], pa.string()),
             pa.array([width for width, _ in sizes], pa.int32()),
@@ -178,7 +180,7 @@ _PARQUET_OPTIONS: dict[str, Any] = {
     "compression": {
         "embedding.list.element": "none",
         **dict.fromkeys(("key", "norm", "label", "caption", "meta", "width", "height"), "zstd"),
-        **dict.fromkeys(("tar_offset", "tar_size"), "zstd"),
+        **dict.fromkeys(("tar_offset", "tar_size", "labels.list.element"), "zstd"),
     },
 }
 
