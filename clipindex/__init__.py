@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from clipindex.probing import (
         Evaluation,
         FewShotCurve,
+        MultiLabelEvaluation,
         Probe,
         TrainSummary,
         evaluate_probe,
@@ -51,6 +52,7 @@ _HOMES = {
     "ImportSummary": "exchange",
     "IndexSummary": "indexing",
     "ModelSpec": "types",
+    "MultiLabelEvaluation": "probing",
     "PackSummary": "packing",
     "Probe": "probing",
     "Query": "retrieval",
@@ -95,6 +97,7 @@ __all__ = [
     "ImportSummary",
     "IndexSummary",
     "ModelSpec",
+    "MultiLabelEvaluation",
     "PackSummary",
     "Probe",
     "Query",

@@ -47,10 +47,14 @@ class AveragePrecision:
         classes: Of each positive.
         rows: Of each positive.
         scores: Of each positive.
+        num_rows: Of all that are ranked.
     """
 
-    def __init__(self, num_classes: int, classes: IntArray, rows: IntArray, scores: Float32Array) -> None:
+    def __init__(
+        self, num_classes: int, classes: IntArray, rows: IntArray, scores: Float32Array, num_rows: int
+    ) -> None:
         self.num_classes = num_classes
+        self.num_rows = num_rows
         order = np.lexsort((rows, -scores, classes))
         self._rows, self._falling = rows[order], -scores[order]
         self.support: IntArray = np.bincount(classes, minlength=self.num_classes).astype(np.int64)
@@ -134,7 +138,8 @@ def measure_average_precision(
         kept.append((classes, rows + starts[-1], scores))
         starts.append(starts[-1] + count)
         on_rows(starts[-1])
-    found = AveragePrecision(num_classes, *(np.concatenate(field) for field in zip(*kept, strict=True)))
+    classes, rows, scores = (np.concatenate(field) for field in zip(*kept, strict=True))
+    found = AveragePrecision(num_classes, classes, rows, scores, starts[-1])
     kept.clear()
     sizes = dict(zip(starts, np.diff(starts).tolist(), strict=False))
 

@@ -51,7 +51,7 @@ GRADIENT_TOLERANCE = 1e-4
 """scikit-learn's `tol`: largest component of the gradient of the objective divided by c and the sum of the weights."""
 
 _HISTORY = 10
-_BACKTRACKS = 6
+_BACKTRACKS = 6  # none of a part in low precision, which another precision takes over: it costs all others a pass
 _SUFFICIENT = 1e-4  # of the promised decrease, Nocedal & Wright 2006, section 3.1
 _AT_ONCE = {"cpu": (2048, 1 << 21), "cuda": (65_536, 1 << 26)}
 """Rows and logits of a block: what a core's cache holds, and what keeps a GPU busy (256 MiB of float32)."""
@@ -313,7 +313,7 @@ class _Descent:
         pending = going.clone()
         moved = torch.zeros_like(direction)
         values, gradient = self.values, self._gradient
-        for _ in range(_BACKTRACKS):
+        for _ in range(1 if low and len(promised) > 1 else _BACKTRACKS):
             step = direction * (length * pending)[:, None].to(direction.dtype)
             found, slope = self._evaluate(self.theta + step, low)
             enough = pending & (found <= self.values - _SUFFICIENT * length * promised)

@@ -39,7 +39,7 @@ def features(rows, dim=32, classes=7, seed=0, noise=0.1):
 
 
 def write_directory(folder, raw, labels, *, info=None, shards=2, dtype="float16"):
-    """An embedding directory of raw features [n, D] and labels [n], where None is no label."""
+    """An embedding directory of raw features [n, D] and labels [n], where None is no label and tuples are lists."""
     dataset = open_dataset(folder, info or model(raw.shape[1]), dtype, "test")
     norms = np.linalg.norm(raw, axis=1).astype(np.float32)
     for at, rows in enumerate(np.array_split(np.arange(len(raw)), shards)):
@@ -51,7 +51,8 @@ def write_directory(folder, raw, labels, *, info=None, shards=2, dtype="float16"
                 member=f"{row}.jpg",
                 image=b"",
                 tar_offset=0,
-                label=None if labels[row] is None else int(labels[row]),
+                label=None if labels[row] is None or isinstance(labels[row], tuple) else int(labels[row]),
+                labels=labels[row] if isinstance(labels[row], tuple) else None,
             )
             for row in rows
         ]

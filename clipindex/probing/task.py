@@ -8,6 +8,8 @@ import torch
 
 from clipindex.devices import choose_device, choose_precision
 from clipindex.errors import ClassesError, UsageError
+from clipindex.losses import ClassLists
+from clipindex.probing.lists import LISTS_COLUMN, find_listed_classes, read_all_lists, split_rows, take_lists
 from clipindex.probing.rows import FEATURES, Ids, Part, Streamed, find_classes, read_all_labels, split, take_part
 from clipindex.prompts import read_classes
 from clipindex.store import check_fingerprint, read_dataset
@@ -29,6 +31,8 @@ class TestRows:
     """Rows without a label."""
     source: str
     """Where they are from, for the record."""
+    lists: ClassLists | None = None
+    """Of `parts`, where rows have any number of classes."""
 
     def rows(self, features: str, device: torch.device) -> Streamed:
         """The rows, with features of a kind."""
@@ -54,6 +58,8 @@ class Task:
     device: torch.device
     low: torch.dtype | None
     """Type of the products of the first passes."""
+    lists: ClassLists | None = None
+    """Of all rows with one, where rows have any number of classes."""
 
 
 def pose_task(
@@ -84,17 +90,16 @@ def pose_task(
     folder = Path(folder)
     model = read_dataset(folder).model
     chosen_device = choose_device(device)
-    labels = read_all_labels(folder, label)
-    classes = find_classes(labels)
-    part, _ = take_part(labels, classes)
+    part, classes, lists, _, left_out = _take(folder, label, None)
     rows = Streamed([part], features, chosen_device)
     training = torch.arange(len(rows.class_ids)).numpy()
     test_rows = None
     if held_out is not None:
-        training, chosen = split(rows.class_ids, held_out, seed)
-        test_rows = TestRows(
-            parts=(part,), chosen=chosen, unseen={}, left_out=0, source=f"{held_out:g} of {folder}, held out"
+        training, chosen = (
+            split(rows.class_ids, held_out, seed) if lists is None else split_rows(len(training), held_out, seed)
         )
+        source = f"{held_out:g} of {folder}, held out"
+        test_rows = TestRows(parts=(part,), chosen=chosen, unseen={}, left_out=0, source=source, lists=lists)
     elif test is not None:
         test_rows = _other_directory(Path(test), model, classes, label)
     return Task(
@@ -105,18 +110,33 @@ def pose_task(
         names=_name_classes(classes, names),
         rows=rows,
         training=training,
-        left_out=labels.left_out,
+        left_out=left_out,
         test=test_rows,
         device=chosen_device,
         low=torch.bfloat16 if choose_precision("auto", chosen_device) == "bf16" else None,
+        lists=lists,
     )
+
+
+def _take(
+    folder: Path, label: str, classes: Sequence[int] | None
+) -> tuple[Part, tuple[int, ...], ClassLists | None, dict[int, int], int]:
+    """Labelled rows, classes (those that occur, unless they are given), lists, unseen labels, rows left out."""
+    if label == LISTS_COLUMN:
+        listed = read_all_lists(folder)
+        found = find_listed_classes(listed) if classes is None else tuple(classes)
+        part, lists, unseen = take_lists(listed, found)
+        return part, found, lists, unseen, listed.left_out
+    labels = read_all_labels(folder, label)
+    found = find_classes(labels) if classes is None else tuple(classes)
+    part, unseen = take_part(labels, found)
+    return part, found, None, unseen, labels.left_out
 
 
 def _other_directory(folder: Path, model: ModelInfo, classes: Sequence[int], label: str) -> TestRows:
     check_fingerprint(folder, read_dataset(folder).model, model)
-    labels = read_all_labels(folder, label)
-    part, unseen = take_part(labels, classes)
-    return TestRows(parts=(part,), chosen=None, unseen=unseen, left_out=labels.left_out, source=str(folder))
+    part, _, lists, unseen, left_out = _take(folder, label, classes)
+    return TestRows(parts=(part,), chosen=None, unseen=unseen, left_out=left_out, source=str(folder), lists=lists)
 
 
 def _name_classes(classes: Sequence[int], names: str | Path | Sequence[str] | None) -> tuple[str, ...] | None:

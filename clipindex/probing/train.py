@@ -9,11 +9,14 @@ from typing import Any
 import torch
 
 from clipindex.errors import UsageError
-from clipindex.logistic import block_rows, fit
+from clipindex.logistic import Fit, block_rows, fit
 from clipindex.probing.adamw import search_decay, train_adamw
 from clipindex.probing.evaluation import Evaluation, count, summarise
+from clipindex.probing.lists import LISTS_COLUMN
+from clipindex.probing.one_vs_rest import train_one_vs_rest
 from clipindex.probing.probe import Probe, write_probe
 from clipindex.probing.protocols import PROTOCOLS, README_C, Setting, describe_search, name_protocol, pose, search_c
+from clipindex.probing.ranking import MultiLabelEvaluation, evaluate_lists
 from clipindex.probing.rows import Held, Ids, Rows, hold_if_fits, split, usable_bytes
 from clipindex.probing.task import Task, TestRows, pose_task
 
@@ -36,7 +39,7 @@ class TrainSummary:
     left_out: int
     """Rows of the directory without a label."""
     training: dict[str, Any]
-    test: Evaluation | None
+    test: Evaluation | MultiLabelEvaluation | None
     """On held-out rows; None where there were none."""
     seconds: float
     """From the first read to the trained weights."""
@@ -63,7 +66,7 @@ def train_probe(
 
     Args:
         folder: The embedding directory.
-        label: The column of labels.
+        label: The column of labels; 'labels', of rows with any number of classes, asks for one-vs-rest.
         c: scikit-learn's C, the inverse of the regularisation; None to search it as CLIP's appendix A.3 does.
         protocol: 'clip-benchmark' for that recipe, which knows no C; otherwise it follows from `c`.
         features: 'raw' (as in the README of CLIP, and by default) or 'normalized' (as in CLIP_benchmark).
@@ -87,6 +90,8 @@ def train_probe(
     if c is not None and not 0 < c < float("inf"):
         raise UsageError(f"c {c:g}: give a positive number, or auto")
     uses_adamw = protocol == "clip-benchmark"
+    if uses_adamw and label == LISTS_COLUMN:
+        raise UsageError("CLIP_benchmark's probe knows rows of one class only; leave the protocol out for 'labels'")
     if features is None:
         features = "normalized" if uses_adamw else "raw"
     task = pose_task(
@@ -104,7 +109,8 @@ def train_probe(
             )
         probe = _train_adamw(task, rows, seed, on_progress)
     else:
-        probe = _train_logistic(task, rows, c, balanced, seed, on_progress)
+        train = _train_logistic if task.lists is None else _train_lists
+        probe = train(task, rows, c, balanced, seed, on_progress)
     seconds = time.perf_counter() - started
     evaluation = None if task.test is None else _test(task, task.test, rows, probe)
     target = Path(out) if out is not None else task.folder / "probe"
@@ -128,14 +134,7 @@ def train_probe(
 def _train_logistic(
     task: Task, rows: Rows, c: float | None, balanced: bool, seed: int, on_progress: Callable[[str], None]
 ) -> Probe:
-    setting = Setting(
-        num_classes=len(task.classes),
-        balanced=balanced,
-        low=task.low,
-        hold=isinstance(rows, Held),
-        device=task.device,
-        on_pass=on_progress,
-    )
+    setting = _setting(task, rows, balanced, on_progress)
     found: dict[str, Any] = {}
     start = None
     if c is None:
@@ -145,9 +144,34 @@ def _train_logistic(
     problem = pose(rows, task.training, setting)
     on_progress("fit")
     done = fit(problem, c, start=start, on_pass=lambda: on_progress(f"fit, C {c:.4g}"))
-    training_record = {
-        **_common(task, seed),
-        **found,
+    training_record = {**_common(task, seed), **found, **_describe_fit(done, rows, balanced)}
+    name = "clip-a3" if found else name_protocol(c, task.features)
+    return _probe(task, name, c, training_record, done.weights, done.intercept)
+
+
+def _train_lists(
+    task: Task, rows: Rows, c: float | None, balanced: bool, seed: int, on_progress: Callable[[str], None]
+) -> Probe:
+    setting = _setting(task, rows, balanced, on_progress)
+    done, found = train_one_vs_rest(task, rows, c, SPLIT, seed, setting)
+    record = {**_common(task, seed), **found, **_describe_fit(done, rows, balanced)}
+    probe = _probe(task, "one-vs-rest", done.c, record, done.weights, done.intercept)
+    return replace(probe, multi_label=True)
+
+
+def _setting(task: Task, rows: Rows, balanced: bool, on_progress: Callable[[str], None]) -> Setting:
+    return Setting(
+        num_classes=len(task.classes),
+        balanced=balanced,
+        low=task.low,
+        hold=isinstance(rows, Held),
+        device=task.device,
+        on_pass=on_progress,
+    )
+
+
+def _describe_fit(done: Fit, rows: Rows, balanced: bool) -> dict[str, Any]:
+    return {
         "balanced": balanced,
         "objective": done.objective,
         "largest_gradient": done.gradient,
@@ -155,8 +179,6 @@ def _train_logistic(
         "converged": done.converged,
         "in_memory": isinstance(rows, Held),
     }
-    name = "clip-a3" if found else name_protocol(c, task.features)
-    return _probe(task, name, c, training_record, done.weights, done.intercept)
 
 
 def _train_adamw(task: Task, rows: Held, seed: int, on_progress: Callable[[str], None]) -> Probe:
@@ -202,12 +224,16 @@ def _validation(rows: Rows, training: Ids, seed: int) -> tuple[Ids, Ids]:
     return training[kept], training[out]
 
 
-def _test(task: Task, test: TestRows, rows: Rows, probe: Probe) -> Evaluation:
+def _test(task: Task, test: TestRows, rows: Rows, probe: Probe) -> Evaluation | MultiLabelEvaluation:
     # Rows held out of the directory itself may be in memory already.
     source = rows if test.chosen is not None else test.rows(task.features, task.device)
     num_classes = len(task.classes)
     passes = source.passes(test.chosen, block_rows(num_classes, task.device))
-    (counts,) = count(passes, [(probe.weights, probe.intercept)], num_classes + len(test.unseen))
+    linear = (probe.weights, probe.intercept)
+    if test.lists is not None:
+        lists = test.lists.to(task.device)
+        return evaluate_lists(passes, lists, linear, task.classes, task.names, test.unseen, test.left_out)
+    (counts,) = count(passes, [linear], num_classes + len(test.unseen))
     return summarise(counts, task.classes, task.names, test.unseen, test.left_out)
 
 

@@ -10,6 +10,7 @@ Row id = (shard, row). The footer of each embeddings file carries, under the key
 from clipindex.store.dataset import (
     DTYPES,
     IMPORTED,
+    LABELS_TYPE,
     ROW_GROUP_ROWS,
     Dataset,
     ShardRecord,
@@ -37,6 +38,7 @@ from clipindex.store.write import AtomicParquet, ShardWriter
 __all__ = [
     "DTYPES",
     "IMPORTED",
+    "LABELS_TYPE",
     "ROW_GROUP_ROWS",
     "AtomicParquet",
     "Dataset",
