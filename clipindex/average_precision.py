@@ -61,31 +61,32 @@ class AveragePrecision:
         self._ends = np.cumsum(self.support)
         self._negatives = np.zeros(len(order), np.int64)
 
-    def place(self, first_row: int, block: ScoreBlock) -> IntArray:
-        """For each negative of a block that is before some positive of its class, the first such one.
+    def place(self, first_row: int, block: ScoreBlock) -> tuple[IntArray, IntArray]:
+        """Before which positives negatives of a block come first, and how many.
 
         Threads may do this side by side; the results are for `count`.
         """
         block.scores[block.classes, block.rows] = -np.inf
-        found: list[IntArray] = []
+        nothing = np.empty(0, np.int64)
+        found = [(nothing, nothing)]
         for one in np.flatnonzero(self.support).tolist():
-            end = int(self._ends[one])
-            begin = end - int(self.support[one])
-            falling = self._falling[begin:end]
-            wanted = -block.scores[one]
-            ahead = np.flatnonzero(wanted <= falling[-1])
-            places = np.searchsorted(falling, wanted[ahead])
-            level = np.flatnonzero(falling[places] == wanted[ahead])
+            positives = slice(int(self._ends[one] - self.support[one]), int(self._ends[one]))
+            falling, wanted = self._falling[positives], -block.scores[one]
+            # Sorting comes first, since a search for what is sorted stays in the cache.
+            ordered = np.sort(wanted)
+            ordered = ordered[: np.searchsorted(ordered, falling[-1], "right")]
+            places, counts, level = _place(falling, ordered)
+            found.append((places + positives.start, counts))
             if len(level):
-                ends = np.searchsorted(falling, wanted[ahead[level]], "right")
-                places[level] = _after_rows(self._rows[begin:end], first_row + ahead[level], places[level], ends)
-                places = places[places < len(falling)]
-            found.append(places + begin)
-        return np.concatenate([np.empty(0, np.int64), *found])
+                at = np.flatnonzero(np.isin(wanted, level))
+                moved, changes = _move_level(falling, self._rows[positives], wanted[at], first_row + at)
+                found.append((moved + positives.start, changes))
+        places, counts = (np.concatenate(field) for field in zip(*found, strict=True))
+        return places, counts
 
-    def count(self, places: IntArray) -> None:
+    def count(self, places: IntArray, counts: IntArray) -> None:
         """Add what `place` found."""
-        np.add.at(self._negatives, places, 1)
+        np.add.at(self._negatives, places, counts)
 
     def per_class(self) -> npt.NDArray[np.float64]:
         """Average precision of each class [C]; 0 without positives."""
@@ -143,21 +144,50 @@ def measure_average_precision(
     kept.clear()
     sizes = dict(zip(starts, np.diff(starts).tolist(), strict=False))
 
-    def place(numbered: tuple[int | None, Item | None]) -> tuple[IntArray, int]:
+    def place(numbered: tuple[int | None, Item | None]) -> tuple[IntArray, IntArray, int]:
         first, item = numbered
         block = None if item is None else score(item)
         size = 0 if block is None else block.scores.shape[1]
         if block is None or first is None or size != sizes[first]:
             raise StoreError("the embeddings changed while they were read; run again when nothing writes to them")
-        return found.place(first, block), size
+        return *found.place(first, block), size
 
     done = starts[-1]
     numbered = zip_longest(starts[:-1], begin_pass())
-    for places, size in map_in_order(place, numbered, num_cores()):
-        found.count(places)
+    for places, counts, size in map_in_order(place, numbered, num_cores()):
+        found.count(places, counts)
         done += size
         on_rows(done)
     return found
+
+
+def _place(falling: Float32Array, ordered: Float32Array) -> tuple[IntArray, IntArray, Float32Array]:
+    """Places among positives, how many negatives have which, and the scores at which both are.
+
+    Args:
+        falling: Of positives, the scores with their signs changed, ascending.
+        ordered: The same of negatives, none of them behind all positives. At equal scores they are placed behind.
+    """
+    if len(falling) > len(ordered):
+        places = np.searchsorted(falling, ordered, "right")
+        level = ordered[falling[places - 1] == ordered]
+        places, counts = np.unique(places[places < len(falling)], return_counts=True)
+        return places, counts, level
+    before, up_to = np.searchsorted(ordered, falling), np.searchsorted(ordered, falling, "right")
+    counts = np.diff(before, prepend=0)
+    places = np.flatnonzero(counts)
+    return places, counts[places], falling[up_to > before]
+
+
+def _move_level(
+    falling: Float32Array, rows: IntArray, wanted: Float32Array, wanted_rows: IntArray
+) -> tuple[IntArray, IntArray]:
+    """Bring negatives [n] with scores of positives from behind those of them that have later rows to before them."""
+    ends = np.searchsorted(falling, wanted, "right")
+    places = _after_rows(rows, wanted_rows, np.searchsorted(falling, wanted), ends)
+    moved = places < ends
+    left = ends[moved & (ends < len(falling))]
+    return np.concatenate([places[moved], left]), np.repeat([1, -1], [moved.sum(), len(left)])
 
 
 def _after_rows(rows: IntArray, wanted: IntArray, low: IntArray, high: IntArray) -> IntArray:
