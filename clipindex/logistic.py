@@ -47,6 +47,8 @@ DRAFT_TOLERANCE = 1e-3
 """Where drafts end; scikit-learn's default tolerance ends 2e-3 above the minimum on features of benchmarks/probe.py."""
 NEARLY = 1e-4
 """Of the objective: what the last step may promise where float32 cannot tell any more whether it goes down."""
+RESOLUTION = 2**-24
+"""Of the objective: what a step may promise where float32 cannot tell any more whether the gradient gets smaller."""
 GRADIENT_TOLERANCE = 1e-4
 """scikit-learn's `tol`: largest component of the gradient of the objective divided by c and the sum of the weights."""
 
@@ -295,7 +297,8 @@ class _Descent:
             promised = -self._product(direction, self._gradient).double()
             small = promised <= tolerance * self.values
             if not low:
-                small &= self.largest_gradients() <= GRADIENT_TOLERANCE
+                is_flat = self.largest_gradients() <= GRADIENT_TOLERANCE
+                small &= is_flat | (promised <= RESOLUTION * self.values)
             converged |= going & small
             going &= ~small
             if not going.any():

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 from corpus import write_tar
 
-from clipindex import classify, embed, list_shards, read_embeddings, read_samples
+from clipindex import classify, embed, list_shards, read_embeddings, read_samples, train_probe
 from clipindex.cli import commands
 from clipindex.demo import DATA
 from clipindex.errors import ClassesError
@@ -118,6 +118,11 @@ def test_a_class_beyond_the_names_is_named(digits, tmp_path):
     with pytest.raises(ClassesError, match=r"label \d+ of key '\d{5}' .* is beyond the 3 classes"):
         classify(digits, classes=NAMES[:3], out=tmp_path / "p", **HERE)
     assert not (tmp_path / "p").exists()
+
+
+def test_a_fit_ends_where_float32_tells_nothing_any_more(digits, tmp_path):
+    found = train_probe(digits, label="labels", c=10**-5.5, held_out=0.3, out=tmp_path, device="cpu")
+    assert found.training["converged"] and found.training["passes"] < 30
 
 
 def clipindex(*arguments):
