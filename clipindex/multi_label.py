@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipindex.average_precision import BLOCK_SCORES, AveragePrecision, ScoreBlock, measure_average_precision
+from clipindex.errors import ClassesError
 from clipindex.index.exact import widened
-from clipindex.store import read_embeddings
+from clipindex.store import read_columns, read_embeddings
 from clipindex.types import Float32Array, IntArray
 
 
@@ -34,6 +35,27 @@ def unpack_labels(column: pa.ListArray) -> LabelLists:
         rows=np.repeat(np.arange(len(lengths)), lengths),
         classes=column.flatten().to_numpy().astype(np.int64),
     )
+
+
+def check_labels(folder: Path, shards: Sequence[str] | None, num_classes: int) -> int:
+    """Refuse labels beyond the classes, single ones and those in lists.
+
+    Returns:
+        How many rows have lists.
+
+    Raises:
+        ClassesError: A label is beyond; the first one is named.
+        StoreError: A file is damaged.
+    """
+    multi_labelled = 0
+    for name, columns in read_columns(folder, ("key", "label", "labels"), shards):
+        values = columns["label"].fill_null(0).to_numpy()
+        _check_range(name, columns["key"], np.arange(len(values)), values, num_classes)
+        if columns["labels"].null_count < len(values):
+            lists = unpack_labels(columns["labels"])
+            _check_range(name, columns["key"], lists.rows, lists.classes, num_classes)
+            multi_labelled += int(lists.is_labelled.sum())
+    return multi_labelled
 
 
 def class_average_precision(
@@ -70,3 +92,14 @@ def _labelled(folder: Path, shards: Sequence[str], at_once: int) -> Iterator[tup
         for first in range(0, len(kept), at_once):
             rows = kept[first : first + at_once]
             yield batch.embedding[rows], unpack_labels(column.take(pa.array(rows)))
+
+
+def _check_range(
+    shard: str, keys: pa.StringArray, rows: np.ndarray[Any, Any], values: np.ndarray[Any, Any], num_classes: int
+) -> None:
+    beyond = np.flatnonzero((values < 0) | (values >= num_classes))
+    if len(beyond):
+        raise ClassesError(
+            f"label {values[beyond[0]]} of key {keys[int(rows[beyond[0]])].as_py()!r} (shard {shard}) is beyond the"
+            f" {num_classes} classes (ids 0 to {num_classes - 1}); give the class file that the labels count in"
+        )

@@ -21,6 +21,7 @@ from clipindex.index.files import METADATA, check_files, open_index
 from clipindex.index.files import read_record as read_index_record
 from clipindex.index.plan import default_memory_bytes
 from clipindex.models import load_model
+from clipindex.multi_label import unpack_labels
 from clipindex.nearest import compare_shards
 from clipindex.shards import list_shards, read_samples, shard_name
 from clipindex.store import (
@@ -264,6 +265,7 @@ def _check_shard(folder: Path, dataset: Dataset, record: ShardRecord) -> Iterato
         for batch in read_embeddings(folder, _COLUMNS, [record.name]):
             pa.table(batch.columns).validate(full=True)
             yield from map(fault, _bad_vectors(batch))
+            yield from map(fault, _bad_lists(batch))
             keys.update(batch.columns["key"].to_pylist())
             rows += len(batch.embedding)
             offsets = batch.columns["tar_offset"].drop_null().to_numpy()
@@ -293,6 +295,16 @@ def _bad_vectors(batch: EmbeddingBatch) -> Iterator[str]:
             at = int(np.flatnonzero(bad)[0])
             key = batch.columns["key"][at].as_py()
             yield f"row {batch.first_row + at} (key {key!r}) has {what} {values[at]:.4g}"
+
+
+def _bad_lists(batch: EmbeddingBatch) -> Iterator[str]:
+    """Lists of labels are ascending class numbers, each once."""
+    lists = unpack_labels(batch.columns["labels"])
+    falls = (np.diff(lists.rows) == 0) & (np.diff(lists.classes) <= 0)
+    bad = lists.rows[(lists.classes < 0) | np.append(falls, False)[: len(lists.rows)]]
+    if len(bad):
+        key = batch.columns["key"][int(bad[0])].as_py()
+        yield f"row {batch.first_row + bad[0]} (key {key!r}) has labels that are no ascending class numbers"
 
 
 def _check_tar(folder: Path, record: ShardRecord, dataset: Dataset, anew: _Anew) -> Iterator[Fault]:

@@ -16,12 +16,12 @@ from clipindex.atomic import atomic_write, remove_stale_temporaries
 from clipindex.decode import decode_image
 from clipindex.devices import choose_device, choose_devices, choose_precision
 from clipindex.encode import ImageTower, TextTower
-from clipindex.errors import ClassesError, SampleError, SourceError, UsageError
+from clipindex.errors import SampleError, SourceError, UsageError
 from clipindex.index.approximate import approximate_index, scan_approximately
 from clipindex.index.exact import Neighbours, flat_index, scan, stored_vectors
 from clipindex.metrics import ClassificationCounts
 from clipindex.models import LoadedModel, load_model
-from clipindex.multi_label import class_average_precision, unpack_labels
+from clipindex.multi_label import check_labels, class_average_precision
 from clipindex.predictions import METRICS_FILE, PredictionWriter, earlier_predictions, prediction_table
 from clipindex.prompts import check_classes, check_templates, embed_classes, read_classes, read_templates
 from clipindex.recall import draw_rows, read_drawn
@@ -30,7 +30,6 @@ from clipindex.store import (
     check_cosines,
     check_fingerprint,
     published_shards,
-    read_columns,
     read_dataset,
     read_embeddings,
 )
@@ -215,7 +214,7 @@ def classify(
     where: dict[str, Any] = {"device": device, "precision": precision, "approximate": approximate}
     classifier = build_classifier(loaded, names, prompts, on_classes=on_classes, **where)
     counts = ClassificationCounts(len(names))
-    multi_labelled = _check_labels(folder, shards, len(names))
+    multi_labelled = check_labels(folder, shards, len(names))
     agreement = classifier.agreement(_sample(folder, shards), max(top, NUM_RANKED)) if approximate else None
     for path in earlier:
         path.unlink()
@@ -363,27 +362,3 @@ def _sample(folder: Path, shards: Sequence[str] | None) -> np.ndarray[Any, Any]:
     sizes = {name: record.rows for name, record in published_shards(folder).items() if shards is None or name in shards}
     drawn = draw_rows(sizes, AGREEMENT_ROWS, seed=0)
     return read_drawn(folder, drawn) if drawn else np.empty((0, read_dataset(folder).model.dim), np.float32)
-
-
-def _check_labels(folder: Path, shards: Sequence[str] | None, num_classes: int) -> int:
-    """Refuse labels beyond the classes, before anything of an earlier run is touched; how many rows have lists."""
-    multi_labelled = 0
-    for name, columns in read_columns(folder, ("key", "label", "labels"), shards):
-        values = columns["label"].fill_null(0).to_numpy()
-        _check_range(name, columns["key"], np.arange(len(values)), values, num_classes)
-        if columns["labels"].null_count < len(values):
-            lists = unpack_labels(columns["labels"])
-            _check_range(name, columns["key"], lists.rows, lists.classes, num_classes)
-            multi_labelled += int(lists.is_labelled.sum())
-    return multi_labelled
-
-
-def _check_range(
-    shard: str, keys: pa.StringArray, rows: np.ndarray[Any, Any], values: np.ndarray[Any, Any], num_classes: int
-) -> None:
-    beyond = np.flatnonzero((values < 0) | (values >= num_classes))
-    if len(beyond):
-        raise ClassesError(
-            f"label {values[beyond[0]]} of key {keys[int(rows[beyond[0]])].as_py()!r} (shard {shard}) is beyond the"
-            f" {num_classes} classes (ids 0 to {num_classes - 1}); give the class file that the labels count in"
-        )

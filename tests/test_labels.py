@@ -172,6 +172,17 @@ def test_verify_finds_labels_of_other_rows(made, tmp_path):
     assert any("(key 'k0') is not the tar's: labels differ" in fault.what for fault in faults)
 
 
+@pytest.mark.parametrize("labels", [[3, 3], [2, 1], [-1, 4]])
+def test_verify_finds_lists_that_are_no_sets_of_classes(made, tmp_path, labels):
+    def changed(table):
+        at = table.schema.names.index("labels")
+        lists = pa.array([[0, 2], labels, *table["labels"].to_pylist()[2:]], table.schema.field(at).type)
+        return table.set_column(at, table.schema.field(at), lists)
+
+    (fault,) = verify(rewritten(made / "out", tmp_path / "out", changed)).faults
+    assert "row 1 (key 'k1') has labels that are no ascending class numbers" in fault.what
+
+
 def test_directories_of_before_there_were_lists_are_read(made, tmp_path):
     out = rewritten(made / "out", tmp_path / "out", lambda table: table.drop_columns(["labels"]))
     assert column(out, "labels") == [None] * 7
