@@ -283,3 +283,13 @@ def test_the_commands(corpus, tmp_path):
     assert 0.3 < found["mean_average_precision"] < 1
     clipindex("predict", corpus / "test", "--probe", tmp_path / "p", "--out", tmp_path / "p.parquet", "--top", 2)
     assert pq.read_table(tmp_path / "p.parquet")["class_name"][0][0].as_py().startswith("thing ")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_finds_the_same(corpus, trained, tmp_path):
+    found = train_probe(corpus / "train", test=corpus / "test", label="labels", out=tmp_path, device="cuda")
+    assert found.training["objective"] == pytest.approx(trained.training["objective"], rel=1e-5)
+    assert found.test.mean_average_precision == pytest.approx(trained.test.mean_average_precision, abs=1e-3)
+    searched = train_probe(corpus / "train", c=None, label="labels", out=tmp_path, device="cuda")
+    assert searched.training["converged"]
