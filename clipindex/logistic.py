@@ -1,4 +1,4 @@
-"""Multinomial logistic regression: scikit-learn's objective, minimised in a tenth of the passes over the data.
+"""Logistic regression: scikit-learn's objective, minimised in a tenth of the passes over the data.
 
 Minimised over weights W [C, D] and intercepts b [C] is what sklearn.linear_model.LogisticRegression(C=c) minimises,
 
@@ -17,6 +17,11 @@ on the features of benchmarks/probe.py it takes about 16 passes to within 1e-6 o
 L-BFGS takes 100 to 150 and ends 2e-3 above it. Newton's method with conjugate gradients would need a pass for each
 product with the Hessian, which leaves little to gain.
 
+One-vs-rest, for rows with any number of classes, is as many problems as there are classes, each what
+sklearn.multiclass.OneVsRestClassifier gives to a LogisticRegression of two classes: one vector of weights, and the
+losses of `losses.OneVsRest`. They share the passes and nothing else: each has its own L-BFGS, its own steps, and its
+own end. Each begins at the odds of its class, with the Hessian there.
+
 The first passes multiply in bfloat16 where that is faster; what ends the descent is computed in float32, its sums in
 float64.
 """
@@ -29,6 +34,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from clipindex.losses import Loss, Multinomial
 from clipindex.threads import map_in_order, num_cores, one_thread
 
 Result = TypeVar("Result")
@@ -41,11 +47,13 @@ DRAFT_TOLERANCE = 1e-3
 """Where drafts end; scikit-learn's default tolerance ends 2e-3 above the minimum on features of benchmarks/probe.py."""
 NEARLY = 1e-4
 """Of the objective: what the last step may promise where float32 cannot tell any more whether it goes down."""
+RESOLUTION = 2**-24
+"""Of the objective: what a step may promise where float32 cannot tell any more whether the gradient gets smaller."""
 GRADIENT_TOLERANCE = 1e-4
 """scikit-learn's `tol`: largest component of the gradient of the objective divided by c and the sum of the weights."""
 
 _HISTORY = 10
-_BACKTRACKS = 6
+_BACKTRACKS = 6  # none of a part in low precision, which another precision takes over: it costs all others a pass
 _SUFFICIENT = 1e-4  # of the promised decrease, Nocedal & Wright 2006, section 3.1
 _AT_ONCE = {"cpu": (2048, 1 << 21), "cuda": (65_536, 1 << 26)}
 """Rows and logits of a block: what a core's cache holds, and what keeps a GPU busy (256 MiB of float32)."""
@@ -59,7 +67,7 @@ class Block(NamedTuple):
     scale: torch.Tensor | None
     """Float32 [n], by which values are to be multiplied; None where they are not."""
     labels: torch.Tensor
-    """Class ids, int64 [n]."""
+    """Int64 [n]: class ids, or what else the loss knows a row by."""
 
     def features(self) -> torch.Tensor:
         """Float32 [n, D], in memory of its own."""
@@ -110,8 +118,9 @@ class Problem:
 
     Args:
         passes: The rows.
-        num_classes: C, at least 2.
+        num_classes: C.
         class_weights: Float32 [C], factors of the losses of each class; ones by default.
+        loss: In place of a multinomial one with these weights.
         low: A type whose matrix products are faster on the device than those of float32, if there is one.
         hold: Whether centred rows may be kept in that type.
     """
@@ -122,14 +131,14 @@ class Problem:
         num_classes: int,
         *,
         class_weights: torch.Tensor | None = None,
+        loss: Loss | None = None,
         low: torch.dtype | None = None,
         hold: bool = False,
     ) -> None:
-        assert num_classes >= 2
         self.num_classes = num_classes
+        self.loss = loss if loss is not None else Multinomial(num_classes, class_weights)
         self.low = low
         self._passes = passes
-        self._class_weights = class_weights
         self._hold = hold
         self._held: list[Block] | None = None
         self._measure()
@@ -141,7 +150,8 @@ class Problem:
 
         def of_block(block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             x = block.features().sub_(pivot)
-            weight = x.new_ones(len(x)) if self._class_weights is None else self._class_weights[block.labels]
+            found = self.loss.row_weights(block.labels)
+            weight = x.new_ones(len(x)) if found is None else found
             first = weight @ x
             x = x.mul_(weight.sqrt()[:, None]).to(self.low or x.dtype)
             return weight.sum(dtype=torch.float64), first.double(), (x.T @ x).double()
@@ -166,26 +176,18 @@ class Problem:
             self._held = [Block(x, None, labels) for x, labels in blocks]
         return self._held
 
-    def evaluate(self, theta: torch.Tensor, c: float, low: bool = False) -> tuple[float, torch.Tensor]:
-        """The objective and its gradient at weights and intercepts [C, D + 1] of centred rows."""
+    def evaluate(self, theta: torch.Tensor, c: float, low: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """The objective's parts, float64, and its gradient at weights and intercepts [C, D + 1] of centred rows."""
         weights, intercept = theta[:, :-1], theta[:, -1]
         factor = weights.T.to(self.low if low else theta.dtype)
         is_held = low and self._hold
 
         def of_block(block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             x = block.values if is_held else self._centred(block, low)
-            labels = block.labels
-            logits = (x @ factor).float() + intercept
-            normaliser = torch.logsumexp(logits, 1)
-            losses = normaliser - logits.gather(1, labels[:, None])[:, 0]
-            residual = logits.sub_(normaliser[:, None]).exp_()
-            residual.scatter_add_(1, labels[:, None], -torch.ones_like(residual[:, :1]))
-            if self._class_weights is not None:
-                losses = losses * self._class_weights[labels]
-                residual *= self._class_weights[labels][:, None]
-            return losses.sum(dtype=torch.float64), residual.to(x.dtype).T @ x, residual.sum(0)
+            losses, residual = self.loss.evaluate((x @ factor).float() + intercept, block.labels)
+            return losses, residual.to(x.dtype).T @ x, residual.sum(0)
 
-        loss = torch.zeros((), dtype=torch.float64, device=theta.device)
+        loss = torch.zeros(self.loss.num_parts, dtype=torch.float64, device=theta.device)
         gradient = torch.zeros_like(theta)
         for losses, products, sums in map_blocks(of_block, self._lowered() if is_held else self._passes()):
             loss += losses
@@ -193,12 +195,14 @@ class Problem:
             gradient[:, -1] += sums
         gradient *= c
         gradient[:, :-1] += weights
-        return c * loss.item() + 0.5 * weights.double().square().sum().item(), gradient
+        penalty = weights.double().square().reshape(self.loss.num_parts, -1).sum(1)
+        return c * loss + 0.5 * penalty, gradient
 
     def preconditioner(self, c: float) -> Callable[[torch.Tensor], torch.Tensor]:
-        """The inverse of the Hessian where all classes are equally probable, in the space where rows sum up to zero."""
-        scale = 1 / (1 + self._spectrum * (c / self.num_classes))
-        of_intercept = self.num_classes / (c * self.total)
+        """The inverse of the Hessian where a descent begins."""
+        curvature = c * self.loss.curvature(self.mean.device)[:, None]
+        scale = 1 / (1 + self._spectrum * curvature)
+        of_intercept = 1 / (self.total * curvature)
 
         def apply(gradient: torch.Tensor) -> torch.Tensor:
             weights = (gradient[:, :-1] @ self._vectors * scale) @ self._vectors.T
@@ -222,12 +226,12 @@ def fit(
     Args:
         problem: The rows.
         c: scikit-learn's C, the inverse of the strength of the penalty.
-        start: A fit for another `c`, to begin at; zeros by default.
+        start: A fit for another `c`, to begin at; weights of zero by default.
         draft: Whether to stop at `DRAFT_TOLERANCE`, in low precision where there is one.
         max_passes: After which to stop in any case.
         on_pass: Called after each pass over the data.
     """
-    halves = 2 if problem.num_classes == 2 else 1
+    halves = problem.loss.halves
     descent = _Descent(problem, c / halves, start, max_passes, on_pass)
     if problem.low is not None:
         descent.run(low=True, tolerance=DRAFT_TOLERANCE if draft else LOW_TOLERANCE)
@@ -239,15 +243,19 @@ def fit(
         c=c,
         weights=weights,
         intercept=(descent.theta[:, -1].double() - offset).float(),
-        objective=descent.value * halves,
-        gradient=descent.largest_gradient(),
+        objective=descent.values.sum().item() * halves,
+        gradient=descent.largest_gradients().max().item(),
         passes=descent.passes,
         converged=descent.converged,
     )
 
 
 class _Descent:
-    """L-BFGS (Nocedal & Wright 2006, algorithm 7.5), preconditioned; its history outlives a change of precision."""
+    """L-BFGS (Nocedal & Wright 2006, algorithm 7.5), preconditioned; its history outlives a change of precision.
+
+    Of each of the loss's parts on its own: inner products, steps and ends are vectors with a component a part, and of a
+    part that has ended, or that a step did not move, the pairs in the history are zero.
+    """
 
     def __init__(
         self, problem: Problem, c: float, start: Fit | None, max_passes: int, on_pass: Callable[[], None]
@@ -255,15 +263,17 @@ class _Descent:
         self._problem = problem
         self._c = c
         self._precondition = problem.preconditioner(c)
-        self._history: deque[tuple[torch.Tensor, torch.Tensor]] = deque(maxlen=_HISTORY)
+        self._history: deque[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = deque(maxlen=_HISTORY)
         self._passes_left = max_passes
         self._max_passes = max_passes
         self._on_pass = on_pass
         self._gradient = torch.empty(0)
-        self.value = 0.0
+        self.values = torch.empty(0)
         self.converged = False
         mean = problem.mean
         self.theta = mean.new_zeros(problem.num_classes, len(mean) + 1)
+        self.theta[:, -1] = problem.loss.start(mean.device)
+        self._scale = mean.new_ones(problem.loss.num_parts)
         if start is not None:
             centred = start.intercept.double() + start.weights.double() @ mean.double()
             self.theta = torch.cat([start.weights, centred.float()[:, None]], 1)
@@ -272,60 +282,82 @@ class _Descent:
     def passes(self) -> int:
         return self._max_passes - self._passes_left
 
-    def largest_gradient(self) -> float:
-        return self._gradient.abs().max().item() / (self._c * self._problem.total)
+    def largest_gradients(self) -> torch.Tensor:
+        """Of each part, as in `GRADIENT_TOLERANCE`."""
+        largest = self._gradient.abs().reshape(self._problem.loss.num_parts, -1).amax(1)
+        return largest / (self._c * self._problem.total)
 
     def run(self, *, low: bool, tolerance: float) -> None:
-        """Descend until a step promises no more than `tolerance` of the objective, or none goes down any more."""
-        self.value, self._gradient = self._evaluate(self.theta, low)
-        self.converged = False
+        """Descend until a step promises no more than `tolerance` of each part, or none goes down any more."""
+        self.values, self._gradient = self._evaluate(self.theta, low)
+        going = torch.ones_like(self.values, dtype=torch.bool)
+        converged = ~going
         while self._passes_left > 0:
             direction = self._direction()
-            promised = -(direction * self._gradient).sum().item()
-            if promised <= tolerance * self.value and (low or self.largest_gradient() <= GRADIENT_TOLERANCE):
-                self.converged = True
-                return
-            if not self._step(direction, promised, low):
-                # The precision of the products is used up: as low as they can tell, if passes are left.
-                self.converged = self._passes_left > 0 and promised <= NEARLY * self.value
-                return
+            promised = -self._product(direction, self._gradient).double()
+            small = promised <= tolerance * self.values
+            if not low:
+                is_flat = self.largest_gradients() <= GRADIENT_TOLERANCE
+                small &= is_flat | (promised <= RESOLUTION * self.values)
+            converged |= going & small
+            going &= ~small
+            if not going.any():
+                break
+            stuck = self._step(direction, promised, going, low)
+            # The precision of the products is used up: as low as they can tell, if passes are left.
+            if self._passes_left > 0:
+                converged |= stuck & (promised <= NEARLY * self.values)
+            going &= ~stuck
+        self.converged = bool(converged.all())
 
-    def _step(self, direction: torch.Tensor, promised: float, low: bool) -> bool:
-        """Go along a direction as far as goes down enough; whether anywhere does."""
-        length = 1.0
-        for _ in range(_BACKTRACKS):
-            step = direction * length
-            value, gradient = self._evaluate(self.theta + step, low)
-            missed = value - self.value + length * promised
-            if value <= self.value - _SUFFICIENT * length * promised:
-                change = gradient - self._gradient
-                if (step * change).sum() > 0:
-                    self._history.append((step, change))
-                self.theta, self.value, self._gradient = self.theta + step, value, gradient
-                return True
-            if self._passes_left <= 0:
-                return False
+    def _step(self, direction: torch.Tensor, promised: torch.Tensor, going: torch.Tensor, low: bool) -> torch.Tensor:
+        """Go along a direction as far as goes down enough, in the parts that are `going`; which of them go nowhere."""
+        length = torch.ones_like(promised)
+        pending = going.clone()
+        moved = torch.zeros_like(direction)
+        values, gradient = self.values, self._gradient
+        for _ in range(1 if low and len(promised) > 1 else _BACKTRACKS):
+            step = direction * (length * pending)[:, None].to(direction.dtype)
+            found, slope = self._evaluate(self.theta + step, low)
+            enough = pending & (found <= self.values - _SUFFICIENT * length * promised)
+            moved = torch.where(enough[:, None], step, moved)
+            values, gradient = torch.where(enough, found, values), torch.where(enough[:, None], slope, gradient)
+            pending &= ~enough
+            if self._passes_left <= 0 or not pending.any():
+                break
             # The minimum of the parabola through what is known.
-            length *= min(max(0.5 * length * promised / missed, 0.1), 0.5)
-        return False
+            missed = found - self.values + length * promised
+            length *= (0.5 * length * promised / missed).nan_to_num(0.1).clamp(0.1, 0.5)
+        self._remember(moved, gradient - self._gradient)
+        self.theta, self.values, self._gradient = self.theta + moved, values, gradient
+        return pending
+
+    def _remember(self, step: torch.Tensor, change: torch.Tensor) -> None:
+        product = self._product(step, change)
+        is_convex = product > 0
+        if is_convex.any():
+            self._history.append((step, change, torch.where(is_convex, 1 / product, 0)))
+            length = product / self._product(change, self._precondition(change))
+            self._scale = torch.where(is_convex, length, self._scale)
 
     def _direction(self) -> torch.Tensor:
         towards = -self._gradient
         parts = []
-        for step, change in reversed(self._history):
-            part = (step * towards).sum() / (step * change).sum()
-            towards = towards - part * change
+        for step, change, inverse in reversed(self._history):
+            part = self._product(step, towards) * inverse
+            towards = towards - part[:, None] * change
             parts.append(part)
-        towards = self._precondition(towards)
-        if self._history:
-            step, change = self._history[-1]
-            towards = towards * ((step * change).sum() / (change * self._precondition(change)).sum())
-        for (step, change), part in zip(self._history, reversed(parts), strict=True):
-            towards = towards + step * (part - (change * towards).sum() / (step * change).sum())
+        towards = self._precondition(towards) * self._scale[:, None]
+        for (step, change, inverse), part in zip(self._history, reversed(parts), strict=True):
+            towards = towards + step * (part - self._product(change, towards) * inverse)[:, None]
         return towards
 
-    def _evaluate(self, theta: torch.Tensor, low: bool) -> tuple[float, torch.Tensor]:
+    def _product(self, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """Inner products of the parts of two arrays [C, D + 1]."""
+        return (one * other).reshape(self._problem.loss.num_parts, -1).sum(1)
+
+    def _evaluate(self, theta: torch.Tensor, low: bool) -> tuple[torch.Tensor, torch.Tensor]:
         self._passes_left -= 1
-        value, gradient = self._problem.evaluate(theta, self._c, low)
+        found = self._problem.evaluate(theta, self._c, low)
         self._on_pass()
-        return value, gradient
+        return found

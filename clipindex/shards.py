@@ -18,6 +18,7 @@ from typing import BinaryIO, cast
 from urllib.parse import urlsplit
 
 from clipindex.errors import ShardError, SourceError
+from clipindex.labels import parse_label, parse_list, parse_multi_hot
 from clipindex.tar import Member, read_members
 from clipindex.types import Reject, Sample, Shard
 from clipindex.urls import is_remote, list_files, list_matches, local_path, open_source, stat_source
@@ -29,7 +30,7 @@ COUNT_FILE = "nshards.txt"
 MAX_BYTES = 256 << 20
 """Largest sample that is taken into memory; camera originals stay below a quarter of it."""
 MAX_TEXT_BYTES = 16 << 20
-"""Largest caption or metadata."""
+"""Largest caption, metadata or array of labels."""
 MAX_NAME_CHARACTERS = 4096
 """Longest name of a member, as long as the longest path of Linux."""
 LONG_KEY_CHARACTERS = 64
@@ -38,8 +39,7 @@ MAX_SAMPLE_MEMBERS = 256
 """More members of one key are a tar that was named wrongly."""
 
 _IMAGE_RANK = {extension: rank for rank, extension in enumerate(IMAGE_EXTENSIONS)}
-_TEXTS = {"cls", "txt", "json"}
-_LABEL_RANGE = range(-(2**31), 2**31)
+_TEXTS = {"cls", "npy", "txt", "json"}
 _NOTE = re.compile(r"__[^/]*__($|/)")
 
 
@@ -279,14 +279,16 @@ def _sample(
         odd = f"{image.size} bytes, more than {max_bytes}" if image.kind == "file" else f"a {image.kind}"
         return Reject(key=key, member=image.name, stage="tar", reason=f"the image is {odd}", tar_offset=where)
     try:
+        label, labels = _labels(fields)
         return Sample(
             key=key,
             member=image.name,
             image=image.data,
             tar_offset=where,
-            label=_label(fields.get("cls")),
+            label=label,
             caption=_text(fields.get("txt")),
             meta=_text(fields.get("json")),
+            labels=labels,
         )
     except ValueError as error:
         return Reject(key=key, member=image.name, stage="label", reason=str(error), tar_offset=where)
@@ -302,23 +304,31 @@ def _names(group: list[tuple[str, Member]]) -> str:
     return ", ".join(names) + (f" and {len(group) - 4} more" if len(group) > 4 else "")
 
 
-def _label(member: Member | None) -> int | None:
-    text = _text(member)
-    if member is None or text is None:
-        return None
-    try:
-        label = int(text)
-    except ValueError:
-        raise ValueError(f"{member.name}: {text[:40]!r} is no integer label") from None
-    if label not in _LABEL_RANGE:
-        raise ValueError(f"{member.name}: label {label} does not fit 32 bits")
-    return label
+def _labels(fields: dict[str, Member]) -> tuple[int | None, tuple[int, ...] | None]:
+    """The class, or the classes: of `.cls`; where there is none of `.npy`; where that is missing too of `.json`."""
+    member = fields.get("cls")
+    if member is not None:
+        found = parse_label(member.name, _decoded(member))
+        return (found, None) if isinstance(found, int) else (None, found)
+    member = fields.get("npy")
+    if member is not None and member.data is not None:  # what is too large to be taken into memory is no such list
+        classes = parse_multi_hot(member.name, member.data)
+        if classes is not None:
+            return None, classes
+    member = fields.get("json")
+    return None, None if member is None else parse_list(member.name, _decoded(member))
 
 
 def _text(member: Member | None) -> str | None:
-    if member is None:
-        return None
+    return None if member is None else _decoded(member)
+
+
+def _decoded(member: Member) -> str:
+    return _data(member).decode("utf-8", "backslashreplace")
+
+
+def _data(member: Member) -> bytes:
     if member.data is None:
         odd = f"{member.size} bytes" if member.kind == "file" else f"a {member.kind}"
         raise ValueError(f"{member.name} is {odd}")
-    return member.data.decode("utf-8", "backslashreplace")
+    return member.data

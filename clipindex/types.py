@@ -101,6 +101,8 @@ class Sample(NamedTuple):
     """From `.txt`."""
     meta: str | None = None
     """From `.json`, not parsed."""
+    labels: tuple[int, ...] | None = None
+    """Of a sample with any number of classes, ascending: from `.npy`, or from a list in `.cls` or `.json`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

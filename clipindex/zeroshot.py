@@ -16,11 +16,12 @@ from clipindex.atomic import atomic_write, remove_stale_temporaries
 from clipindex.decode import decode_image
 from clipindex.devices import choose_device, choose_devices, choose_precision
 from clipindex.encode import ImageTower, TextTower
-from clipindex.errors import ClassesError, SampleError, SourceError, UsageError
+from clipindex.errors import SampleError, SourceError, UsageError
 from clipindex.index.approximate import approximate_index, scan_approximately
-from clipindex.index.exact import Neighbours, flat_index, scan
+from clipindex.index.exact import Neighbours, flat_index, scan, stored_vectors
 from clipindex.metrics import ClassificationCounts
 from clipindex.models import LoadedModel, load_model_of
+from clipindex.multi_label import check_labels, class_average_precision
 from clipindex.predictions import METRICS_FILE, PredictionWriter, earlier_predictions, prediction_table
 from clipindex.prompts import check_classes, check_templates, embed_classes, read_classes, read_templates
 from clipindex.recall import draw_rows, read_drawn
@@ -28,7 +29,6 @@ from clipindex.store import (
     EmbeddingBatch,
     check_cosines,
     published_shards,
-    read_columns,
     read_dataset,
     read_embeddings,
 )
@@ -61,8 +61,14 @@ class ClassifySummary:
     mean_per_class_recall: float | None
     per_class: list[dict[str, Any]]
     """In class order: id, name, support (rows with that label), recall, recall5; None where a class does not occur."""
+    multi_labelled: int
+    """Rows with any number of classes."""
+    mean_average_precision: float | None
+    """Of those rows, over all classes, as CLIP_benchmark defines it (see `average_precision`); None without any."""
+    average_precision: list[dict[str, Any]]
+    """Of those rows, in class order: id, name, support, average_precision, which is 0 where a class does not occur."""
     seconds: float
-    """Reading, search and writing; loading the model and embedding the prompts apart."""
+    """Reading, search and writing; loading the model, embedding the prompts and ranking for mAP apart."""
     images_per_s: float
     agreement: Agreement | None = None
     """With exact classification, where this one was approximate."""
@@ -164,6 +170,7 @@ def classify(
     approximate: bool = False,
     on_classes: Callable[[int], None] = lambda num_classes: None,
     on_progress: Callable[[int], None] = lambda num_rows: None,
+    on_ranked: Callable[[int], None] = lambda num_rows: None,
 ) -> ClassifySummary:
     """Classify a directory of embeddings without training, and measure the accuracy where rows have labels.
 
@@ -182,6 +189,7 @@ def classify(
             best from exact cosines, the rest of the sum from bf16 ones.
         on_classes: Called with the number of classes whose prompts are embedded.
         on_progress: Called with the number of rows classified.
+        on_ranked: Called with the number of rows looked at for mAP, twice each; only where rows have lists of classes.
 
     Returns:
         The summary; predictions lie in `out`, a Parquet file a shard, beside metrics.json.
@@ -204,7 +212,7 @@ def classify(
     where: dict[str, Any] = {"device": device, "precision": precision, "approximate": approximate}
     classifier = build_classifier(loaded, names, prompts, on_classes=on_classes, **where)
     counts = ClassificationCounts(len(names))
-    _check_labels(folder, shards, len(names))
+    multi_labelled = check_labels(folder, shards, len(names))
     agreement = classifier.agreement(_sample(folder, shards), max(top, NUM_RANKED)) if approximate else None
     for path in earlier:
         path.unlink()
@@ -213,6 +221,11 @@ def classify(
     written, rows = predict_directory(folder, classifier, target, top, counts, on_progress, shards)
     seconds = time.perf_counter() - started
     measured = counts.overall()
+    ranked = (
+        class_average_precision(folder, stored_vectors(classifier.index), written, on_ranked)
+        if multi_labelled
+        else None
+    )
     summary = ClassifySummary(
         out=str(target),
         model=dataset.model.spec.name,
@@ -227,6 +240,13 @@ def classify(
         per_class=[
             {"id": at, "name": name, **row}
             for at, (name, row) in enumerate(zip(names, counts.per_class(), strict=True))
+        ],
+        multi_labelled=multi_labelled,
+        mean_average_precision=None if ranked is None else ranked.mean(),
+        average_precision=[]
+        if ranked is None
+        else [
+            {"id": at, "name": name, **row} for at, (name, row) in enumerate(zip(names, ranked.describe(), strict=True))
         ],
         seconds=round(seconds, 3),
         images_per_s=round(rows / seconds, 1),
@@ -340,15 +360,3 @@ def _sample(folder: Path, shards: Sequence[str] | None) -> np.ndarray[Any, Any]:
     sizes = {name: record.rows for name, record in published_shards(folder).items() if shards is None or name in shards}
     drawn = draw_rows(sizes, AGREEMENT_ROWS, seed=0)
     return read_drawn(folder, drawn) if drawn else np.empty((0, read_dataset(folder).model.dim), np.float32)
-
-
-def _check_labels(folder: Path, shards: Sequence[str] | None, num_classes: int) -> None:
-    """Refuse labels beyond the classes, before anything of an earlier run is touched."""
-    for name, columns in read_columns(folder, ("key", "label"), shards):
-        keys, values = columns["key"], columns["label"].fill_null(0).to_numpy()
-        beyond = np.flatnonzero((values < 0) | (values >= num_classes))
-        if len(beyond):
-            raise ClassesError(
-                f"label {values[beyond[0]]} of key {keys[int(beyond[0])].as_py()!r} (shard {name}) is beyond the"
-                f" {num_classes} classes (ids 0 to {num_classes - 1}); give the class file that the labels count in"
-            )

@@ -39,7 +39,7 @@ def features(rows, dim=32, classes=7, seed=0, noise=0.1):
 
 
 def write_directory(folder, raw, labels, keys=None, *, info=None, shards=2, dtype="float16"):
-    """An embedding directory of raw features [n, D] and labels [n], where None is no label.
+    """An embedding directory of raw features [n, D] and labels [n], where None is no label and tuples are lists.
 
     Keys are row numbers by default; shards a number of them, or names with the rows of each in the order to be stored.
     """
@@ -57,7 +57,8 @@ def write_directory(folder, raw, labels, keys=None, *, info=None, shards=2, dtyp
                 member=f"{row}.jpg",
                 image=b"",
                 tar_offset=0,
-                label=None if labels[row] is None else int(labels[row]),
+                label=None if labels[row] is None or isinstance(labels[row], tuple) else int(labels[row]),
+                labels=labels[row] if isinstance(labels[row], tuple) else None,
             )
             for row in rows
         ]

@@ -149,6 +149,7 @@ def _classify(
                 0, 0, f"{done:,} classes embedded, {done / (time.monotonic() - started):,.0f}/s"
             ),
             on_progress=lambda rows: report(0, 0, f"{rows:,} images, {rows / (time.monotonic() - started):,.0f}/s"),
+            on_ranked=lambda rows: report(0, 0, f"mAP, {rows:,} images in two passes"),
         )
 
 
@@ -184,6 +185,11 @@ def _classify_lines(summary: "ClassifySummary") -> list[str]:
         recall = f"   mean per-class recall {summary.mean_per_class_recall:.2%}"
         lines.append(f"acc1 {summary.acc1:.2%}{acc5}{recall}   ({summary.labelled:,} labelled)")
         lines += _per_class_lines(summary)
+    if summary.mean_average_precision is not None:
+        lines.append(
+            f"mAP {summary.mean_average_precision:.2%}   ({summary.multi_labelled:,} with any number of classes)"
+        )
+        lines += _precision_lines(summary)
     return lines
 
 
@@ -192,10 +198,26 @@ def _per_class_lines(summary: "ClassifySummary") -> list[str]:
     rows = sorted((row for row in summary.per_class if row["support"]), key=lambda row: row["recall"])
     width = max(len(row["name"]) for row in rows)
     lines = [f"  {row['name']:<{width}}  {row['recall']:>7.2%} of {row['support']:,}" for row in rows]
-    if len(rows) > 2 * CLASSES_SHOWN:
-        left_out = f"  … {len(rows) - 2 * CLASSES_SHOWN:,} more in {summary.out}/metrics.json"
-        lines = [*lines[:CLASSES_SHOWN], left_out, *lines[-CLASSES_SHOWN:]]
-    return ["recall by class:", *lines]
+    return ["recall by class:", *_both_ends(lines, f"{summary.out}/metrics.json")]
+
+
+def _precision_lines(summary: "ClassifySummary") -> list[str]:
+    """The same of average precision; how many classes do not occur is said, since they count as 0."""
+    rows = sorted(
+        (row for row in summary.average_precision if row["support"]), key=lambda row: row["average_precision"]
+    )
+    width = max((len(row["name"]) for row in rows), default=0)
+    lines = [f"  {row['name']:<{width}}  {row['average_precision']:>7.2%} of {row['support']:,}" for row in rows]
+    missing = len(summary.average_precision) - len(rows)
+    note = [f"  {missing:,} classes do not occur and count as 0"] if missing else []
+    return ["average precision by class:", *_both_ends(lines, f"{summary.out}/metrics.json"), *note]
+
+
+def _both_ends(lines: list[str], where: str) -> list[str]:
+    if len(lines) <= 2 * CLASSES_SHOWN:
+        return lines
+    left_out = f"  … {len(lines) - 2 * CLASSES_SHOWN:,} more in {where}"
+    return [*lines[:CLASSES_SHOWN], left_out, *lines[-CLASSES_SHOWN:]]
 
 
 def _image_lines(predictions: Sequence["ImagePrediction"]) -> list[str]:

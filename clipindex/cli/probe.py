@@ -22,7 +22,7 @@ from clipindex.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from clipindex.probing import Evaluation, FewShotCurve, TrainSummary
+    from clipindex.probing import Evaluation, FewShotCurve, MultiLabelEvaluation, TrainSummary
 
 CLASSES_SHOWN = 10
 """At each end of a long list of classes on the terminal."""
@@ -41,7 +41,8 @@ def probe() -> None:
 
 
 train_options = [
-    click.option("--label", default="label", show_default=True, metavar="COLUMN", help="Which column has the labels."),
+    click.option("--label", default="label", show_default=True, metavar="COLUMN",
+                 help="Which column has the labels: label, or labels, where rows have any number of classes."),
     click.option("--test", type=click.Path(path_type=Path), metavar="DIR2",
                  help="Another directory of the same model, to test on."),
     click.option("--split", "held_out", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="FRACTION",
@@ -94,7 +95,8 @@ def train(
     """Train a linear classifier on an embedding directory with labels.
 
     It is multinomial logistic regression, as scikit-learn's LogisticRegression(C) defines it; the default is the recipe
-    in the README of CLIP. Rows without a label are left out. --model says how to load the model for zero-shot, where
+    in the README of CLIP. With --label labels each class has a logistic regression of its own against all rows without
+    it. Rows without a label are left out. --model says how to load the model for zero-shot, where
     the directory's own record does not lead to its weights on this machine.
     """
     _refuse_what_is_ignored(shots is not None, classes is not None, protocol, options["model"] is not None)
@@ -203,10 +205,55 @@ def _train_lines(summary: "TrainSummary") -> list[str]:
     ]
     if summary.training.get("converged") is False:
         lines.append("not converged: the passes were used up, or float32 is too coarse for so weak a regularisation")
+    constant = summary.training.get("constant_classes")
+    if constant:
+        lines.append(
+            f"{len(constant):,} classes, such as {constant[0]}, are those of all rows to learn from or of none: their"
+            " probability is the same for every image"
+        )
     return lines + (_evaluation_lines(summary.test) if summary.test else [])
 
 
-def _evaluation_lines(found: "Evaluation") -> list[str]:
+def _evaluation_lines(found: "Evaluation | MultiLabelEvaluation") -> list[str]:
+    from clipindex.probing import Evaluation
+
+    return _accuracy_lines(found) if isinstance(found, Evaluation) else _ranking_lines(found)
+
+
+def _ranking_lines(found: "MultiLabelEvaluation") -> list[str]:
+    lines = [
+        f"mAP {found.mean_average_precision:.2%}   calibration error {found.calibration_error:.4f}"
+        f"   ({found.labelled:,} with any number of classes, {found.left_out:,} others left out)"
+    ]
+    if found.unseen:
+        lines.append(
+            f"{len(found.unseen):,} labels have no training rows, such as {next(iter(found.unseen))}: they count as 0"
+        )
+    rows = sorted((row for row in found.per_class if row["support"]), key=lambda row: row["average_precision"])
+    missing = len(found.per_class) - len(rows)
+    names = [row["name"] or f"label {row['label']}" for row in rows]
+    width = max(map(len, names), default=0)
+    table = [
+        f"  {name:<{width}}  {row['average_precision']:>7.2%} {_share(row['precision'])} {_share(row['recall'])}"
+        f" {_share(row['f1'])} of {row['support']:,}"
+        for name, row in zip(names, rows, strict=True)
+    ]
+    note = [f"  {missing:,} classes do not occur and count as 0"] if missing else []
+    head = "average precision by class; precision, recall and f1 at a probability of one half:"
+    return [*lines, head, *_both_ends(table), *note]
+
+
+def _share(value: float | None) -> str:
+    return f"{'-':>7}" if value is None else f"{value:>7.2%}"
+
+
+def _both_ends(table: list[str]) -> list[str]:
+    if len(table) <= 2 * CLASSES_SHOWN:
+        return table
+    return [*table[:CLASSES_SHOWN], f"  … {len(table) - 2 * CLASSES_SHOWN:,} more", *table[-CLASSES_SHOWN:]]
+
+
+def _accuracy_lines(found: "Evaluation") -> list[str]:
     def with_interval(what: str, value: float | None) -> str:
         low, high = found.intervals.get(what, (0, 0))
         return "" if value is None else f"{what} {value:.2%} ({low:.2%} to {high:.2%})   "
@@ -223,11 +270,9 @@ def _evaluation_lines(found: "Evaluation") -> list[str]:
     rows_shown = sorted((row for row in found.per_class if row["support"]), key=lambda row: row["recall"])
     width = max(len(names[row["label"]]) for row in rows_shown)
     table = [f"  {names[row['label']]:<{width}}  {row['recall']:>7.2%} of {row['support']:,}" for row in rows_shown]
-    if len(table) > 2 * CLASSES_SHOWN:
-        table = [*table[:CLASSES_SHOWN], f"  … {len(table) - 2 * CLASSES_SHOWN:,} more", *table[-CLASSES_SHOWN:]]
     wrong = sorted((cell for cell in found.confusion if cell[0] != cell[1]), key=lambda cell: -cell[2])
     taken = [f"  {names[label]}, taken for {names[best]}: {rows:,}" for label, best, rows in wrong[:CONFUSIONS_SHOWN]]
-    return [*lines, "recall by class:", *table, *(["most often wrong:", *taken] if taken else [])]
+    return [*lines, "recall by class:", *_both_ends(table), *(["most often wrong:", *taken] if taken else [])]
 
 
 def _curve_lines(curve: "FewShotCurve") -> list[str]:

@@ -20,7 +20,7 @@ from clipindex.store import DTYPES, Dataset, ShardRecord, published_shards, read
 NOTE = "_export.json"
 """Says what a folder is an export of. Readers of a folder of Parquet pass over names that begin like this."""
 
-_COLUMNS = ("key", "norm", "label", "caption", "meta", "width", "height", "tar_offset", "tar_size")
+_COLUMNS = ("key", "norm", "label", "labels", "caption", "meta", "width", "height", "tar_offset", "tar_size")
 
 
 class _Layout(NamedTuple):

@@ -109,8 +109,8 @@ def import_embeddings(
 ) -> ImportSummary:
     """Take over vectors that another program made: each .npy file becomes a shard.
 
-    Columns `key` (else `image_path`), `label`, `caption`, `width`, `height` and `norm` of the rows keep their places;
-    all others go into `meta`. Files that are published already are passed over.
+    Columns `key` (else `image_path`), `label`, `labels`, `caption`, `width`, `height` and `norm` of the rows keep their
+    places; all others go into `meta`. Files that are published already are passed over.
 
     Args:
         source: What clip-retrieval wrote (``img_emb/*.npy``, ``metadata/*.parquet``), or one .npy file.
@@ -265,6 +265,7 @@ def _append(writer: ShardWriter, block: Rows, found: UnitVectors, kept: list[int
             label=block.labels[at],
             caption=block.captions[at],
             meta=block.metas[at],
+            labels=block.label_lists[at],
         )
         for at in kept
     ]

@@ -15,6 +15,7 @@ from clipindex.store import AtomicParquet
 
 _SHARED: dict[str, pa.DataType] = {
     "label": pa.int32(),
+    "labels": pa.list_(pa.field("element", pa.int32())),
     "caption": pa.string(),
     "meta": pa.string(),
     "width": pa.int32(),
@@ -25,6 +26,7 @@ _SHARED: dict[str, pa.DataType] = {
     "tar_offset": pa.int64(),
     "tar_size": pa.int64(),
 }
+_COMPRESSED = ["key", *(f"{name}.list.element" if pa.types.is_list(kind) else name for name, kind in _SHARED.items())]
 _LEAST_DIGITS = 4
 # A shard has one name and one URL.
 _REPEATED = ["shard", "tar_url"]
@@ -94,7 +96,7 @@ def write_parquet(folder: Path, part: Part, blocks: Iterable[Block]) -> None:
     options: dict[str, Any] = {
         "use_dictionary": _REPEATED,
         "write_statistics": ["key", "label"],
-        "compression": {"embedding.list.element": "none", **dict.fromkeys(("key", *_SHARED), "zstd")},
+        "compression": {"embedding.list.element": "none", **dict.fromkeys(_COMPRESSED, "zstd")},
     }
     parquet = AtomicParquet(folder / parquet_paths(part)[0], schema, **options)
     try:
@@ -151,7 +153,9 @@ def finish_arrow(folder: Path, parts: Sequence[Part]) -> None:
             file.write(json.dumps(document, indent=2).encode() + b"\n")
 
 
-def _feature(kind: pa.DataType) -> dict[str, str]:
+def _feature(kind: pa.DataType) -> dict[str, Any]:
+    if pa.types.is_list(kind):
+        return {"feature": _feature(kind.value_type), "_type": "Sequence"}
     name = {"halffloat": "float16", "float": "float32"}.get(str(kind), str(kind))
     return {"dtype": name, "_type": "Value"}
 

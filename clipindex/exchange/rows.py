@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from clipindex.errors import ShardError
 from clipindex.exchange.vectors import open_array
+from clipindex.labels import class_set
 from clipindex.shards import MAX_NAME_CHARACTERS
 
 AT_ONCE = 4096
@@ -28,6 +29,8 @@ class Rows(NamedTuple):
     keys: list[str]
     """Empty where there is none."""
     labels: list[int | None]
+    label_lists: list[tuple[int, ...] | None]
+    """Of rows with any number of classes."""
     captions: list[str | None]
     metas: list[str | None]
     """All that is left, as JSON."""
@@ -146,10 +149,17 @@ def _rows(batch: pa.RecordBatch, key: str) -> Rows:
         labels.append(label)
         if why:
             faults.setdefault(at, ("label", why))
+    label_lists: list[tuple[int, ...] | None] = []
+    for at, values in enumerate(taken.get("labels", nothing)):
+        classes, why = _classes(values)
+        label_lists.append(classes)
+        if why:
+            faults.setdefault(at, ("label", why))
     sizes = zip(taken.get("width", nothing), taken.get("height", nothing), strict=True)
     return Rows(
         keys,
         labels,
+        label_lists,
         taken.get("caption", nothing),
         _metas(keys, taken.get("meta", nothing), columns),
         [(_pixels(width), _pixels(height)) for width, height in sizes],
@@ -178,8 +188,14 @@ def _is_number(kind: pa.DataType) -> bool:
     return bool(pa.types.is_integer(kind)) or _is_float(kind)
 
 
+def _is_list_of_integers(kind: pa.DataType) -> bool:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return bool(is_list and pa.types.is_integer(kind.value_type))
+
+
 _TAKERS: dict[str, Callable[[pa.DataType], bool]] = {
     "label": _is_number,
+    "labels": _is_list_of_integers,
     "caption": _is_text,
     "meta": _is_text,
     "width": _is_number,
@@ -202,6 +218,18 @@ def _label(value: float | None) -> tuple[int | None, str | None]:
     if not _LEAST_INT32 <= value <= _MOST_INT32 or value != int(value):
         return None, f"label {value:.10g} is no integer of 32 bits"
     return int(value), None
+
+
+def _classes(values: Sequence[int | None] | None) -> tuple[tuple[int, ...] | None, str | None]:
+    if values is None:
+        return None, None
+    present = [value for value in values if value is not None]
+    if len(present) < len(values):
+        return None, "labels: one of them is missing"
+    try:
+        return class_set(present, "labels"), None
+    except ValueError as error:
+        return None, str(error)
 
 
 def _pixels(value: float | None) -> int:

@@ -15,6 +15,10 @@ BATCH_BYTES = 128 << 20
 """And when its encoded images and texts have this size, of which 512 ordinary images have a quarter."""
 
 
+_LABEL_BYTES = 36
+"""Of an integer and its place in a tuple."""
+
+
 @dataclass(frozen=True, slots=True)
 class Slot:
     """A sample on its way to a row: its pixels are at `index` of the batch's buffer."""
@@ -58,6 +62,8 @@ class Batch:
         self.events.append(Slot(sample, self.used))
         self.used += 1
         self.num_bytes += len(sample.image) + len(sample.caption or "") + len(sample.meta or "")
+        if sample.labels:
+            self.num_bytes += _LABEL_BYTES * len(sample.labels)
 
     def is_full(self) -> bool:
         """Whether it is to be sent on."""

@@ -12,6 +12,7 @@ from clipindex.probing.evaluation import Evaluation, evaluate_probe, write_predi
 from clipindex.probing.few_shot import FewShotCurve, FewShotPoint, few_shot_curve
 from clipindex.probing.probe import Probe, read_probe, write_probe
 from clipindex.probing.protocols import PROTOCOLS, README_C
+from clipindex.probing.ranking import MultiLabelEvaluation
 from clipindex.probing.train import TrainSummary, train_probe
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Evaluation",
     "FewShotCurve",
     "FewShotPoint",
+    "MultiLabelEvaluation",
     "Probe",
     "TrainSummary",
     "compare_encoders",

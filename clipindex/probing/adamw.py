@@ -71,7 +71,7 @@ def search_decay(
     def accuracy(point: int) -> float:
         decay = 10 ** (_STRONGEST - point / 12)
         acc1 = measure(held_out, *train_adamw(rows, training, num_classes, decay, seed, on_epoch))
-        trials.append(Trial(strength=decay, acc1=acc1, passes=EPOCHS, converged=True))
+        trials.append(Trial(strength=decay, score=acc1, passes=EPOCHS, converged=True))
         return acc1
 
     return 10 ** (_STRONGEST - search_peak(accuracy) / 12), trials

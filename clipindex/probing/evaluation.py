@@ -14,9 +14,11 @@ from clipindex.devices import choose_device
 from clipindex.errors import StoreError
 from clipindex.logistic import Block, Passes, block_rows, map_blocks
 from clipindex.metrics import ClassificationCounts, wilson_interval
+from clipindex.probing.lists import LISTS_COLUMN, read_all_lists, take_lists
 from clipindex.probing.probe import Probe
+from clipindex.probing.ranking import MultiLabelEvaluation, evaluate_lists
 from clipindex.probing.rows import Ids, Streamed, read_all_labels, take_part
-from clipindex.store import NORM_COLUMNS, AtomicParquet, find_vectors, read_dataset, read_embeddings
+from clipindex.store import LABELS_TYPE, NORM_COLUMNS, AtomicParquet, find_vectors, read_dataset, read_embeddings
 
 NUM_RANKED = 5
 CONFUSIONS_SHOWN = 20
@@ -59,8 +61,8 @@ def evaluate_probe(
     *,
     device: str = "auto",
     on_progress: Callable[[int, int], None] = lambda rows, total: None,
-) -> Evaluation:
-    """Measure a probe on the labelled rows of a directory.
+) -> Evaluation | MultiLabelEvaluation:
+    """Measure a probe on the labelled rows of a directory: on those with lists of labels, if it was trained on such.
 
     Args:
         folder: The embedding directory.
@@ -76,6 +78,8 @@ def evaluate_probe(
     folder = Path(folder)
     vectors = find_vectors(folder, read_dataset(folder), probe.model)
     chosen = choose_device(device)
+    if probe.multi_label:
+        return _evaluate_lists(folder, probe, vectors, chosen, on_progress)
     labels = read_all_labels(folder)
     part, unseen = take_part(labels, probe.classes)
     rows = Streamed([replace(part, vectors=vectors)], probe.features, chosen)
@@ -88,6 +92,25 @@ def evaluate_probe(
         lambda done: on_progress(done, total),
     )
     return summarise(counts, probe.classes, probe.names, unseen, labels.left_out)
+
+
+def _evaluate_lists(
+    folder: Path, probe: Probe, vectors: str, device: torch.device, on_progress: Callable[[int, int], None]
+) -> MultiLabelEvaluation:
+    labels = read_all_lists(folder)
+    part, lists, unseen = take_lists(labels, probe.classes)
+    rows = Streamed([replace(part, vectors=vectors)], probe.features, device)
+    total = 2 * len(rows.class_ids)  # ranking goes over all of them twice
+    return evaluate_lists(
+        rows.passes(at_once=block_rows(len(probe.classes), device)),
+        lists.to(device),
+        (probe.weights.to(device), probe.intercept.to(device)),
+        probe.classes,
+        probe.names,
+        unseen,
+        labels.left_out,
+        lambda done: on_progress(done, total),
+    )
 
 
 def count(
@@ -125,10 +148,11 @@ def count(
     return counts
 
 
-def best_classes(x: torch.Tensor, linear: Linear, number: int) -> torch.return_types.topk:
-    """The best classes [n, at most number] of features [n, D], and their probabilities."""
+def best_classes(x: torch.Tensor, linear: Linear, number: int, independent: bool = False) -> torch.return_types.topk:
+    """The best classes [n, at most number] of features [n, D], and their probabilities, each on its own or of all."""
     weights, intercept = linear
-    return torch.topk(torch.softmax(x @ weights.T + intercept, 1), min(number, len(intercept)))
+    logits = x @ weights.T + intercept
+    return torch.topk(torch.sigmoid(logits) if independent else torch.softmax(logits, 1), min(number, len(intercept)))
 
 
 def summarise(
@@ -187,7 +211,8 @@ def write_predictions(
     Args:
         folder: The embedding directory.
         probe: Of the same model.
-        out: A Parquet file with key, shard, label, and lists of the best classes: class_label, class_name, probability.
+        out: A Parquet file with key, shard, label (labels, of a probe of such), and lists of the best classes:
+            class_label, class_name, probability, which is each class's own where a row may have any number of them.
         top: How many classes.
         device: As in `evaluate`.
         on_progress: Called with the number of rows written.
@@ -207,14 +232,16 @@ def write_predictions(
     top = min(top, len(probe.classes))
     labels = pa.array(probe.classes, pa.int32())
     names = pa.array([probe.name(at) for at in range(len(probe.classes))], pa.string())
-    parquet = AtomicParquet(Path(out), _prediction_schema(top), compression="zstd")
+    truth = LISTS_COLUMN if probe.multi_label else "label"
+    schema = _prediction_schema(top, truth)
+    parquet = AtomicParquet(Path(out), schema, compression="zstd")
     rows = 0
     try:
-        for batch in read_embeddings(folder, ("key", "label", norm), vectors=vectors):
+        for batch in read_embeddings(folder, ("key", truth, norm), vectors=vectors):
             x = torch.from_numpy(batch.embedding).to(chosen).float()
             if probe.features == "raw":
                 x = x * torch.from_numpy(batch.columns[norm].to_numpy().copy()).to(chosen)[:, None]
-            best = best_classes(x, linear, top)
+            best = best_classes(x, linear, top, independent=probe.multi_label)
             if not bool(torch.isfinite(best.values).all()):
                 wrong = batch.first_row + int(torch.nonzero(~torch.isfinite(best.values))[0, 0])
                 raise StoreError(
@@ -225,8 +252,8 @@ def write_predictions(
             lists = (labels.take(ids), names.take(ids), pa.array(best.values.cpu().numpy().reshape(-1)))
             columns = (pa.FixedSizeListArray.from_arrays(values, top) for values in lists)
             shard = pa.repeat(pa.scalar(batch.shard.name, pa.string()), len(x))
-            arrays = [batch.columns["key"], shard, batch.columns["label"], *columns]
-            parquet.write(pa.Table.from_arrays(arrays, schema=_prediction_schema(top)))
+            arrays = [batch.columns["key"], shard, batch.columns[truth], *columns]
+            parquet.write(pa.Table.from_arrays(arrays, schema=schema))
             rows += len(x)
             on_progress(rows)
     except BaseException:
@@ -236,12 +263,12 @@ def write_predictions(
     return rows
 
 
-def _prediction_schema(top: int) -> pa.Schema:
+def _prediction_schema(top: int, truth: str) -> pa.Schema:
     return pa.schema(
         [
             ("key", pa.string()),
             ("shard", pa.string()),
-            ("label", pa.int32()),
+            (truth, LABELS_TYPE if truth == LISTS_COLUMN else pa.int32()),
             ("class_label", pa.list_(pa.int32(), top)),
             ("class_name", pa.list_(pa.string(), top)),
             ("probability", pa.list_(pa.float32(), top)),

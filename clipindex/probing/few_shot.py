@@ -15,6 +15,7 @@ from clipindex.devices import choose_precision
 from clipindex.errors import ClassesError, UsageError
 from clipindex.logistic import block_rows
 from clipindex.probing.evaluation import Linear, count
+from clipindex.probing.lists import LISTS_COLUMN
 from clipindex.probing.protocols import README_C, Setting, check_c, fit_at
 from clipindex.probing.rows import Ids, Rows, random_ranks
 from clipindex.probing.task import Task, TestRows, pose_task
@@ -118,6 +119,8 @@ def few_shot_curve(
         raise UsageError("a few-shot curve needs rows to test on: another directory, or a fraction to hold out")
     if not shots or min(shots) < 1 or seeds < 1:
         raise UsageError("give at least one seed and numbers of shots of at least 1")
+    if label == LISTS_COLUMN:
+        raise UsageError("shots are rows of one class each, and rows of 'labels' have any number: leave shots out")
     prompts = read_templates(templates)
     task = pose_task(
         folder,

@@ -36,7 +36,9 @@ def draw_curve(curve: FewShotCurve, path: str | Path) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("training rows a class")
     axes.set_ylabel(f"acc1 of {curve.test_rows:,} rows")
-    axes.set_title(f"{curve.model}: {curve.classes} classes, {curve.features} {curve.vectors} features", loc="left", fontsize=11)
+    axes.set_title(
+        f"{curve.model}: {curve.classes} classes, {curve.features} {curve.vectors} features", loc="left", fontsize=11
+    )
     axes.grid(color="#dddddd")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -44,6 +44,8 @@ class Probe:
     """Float32 [C, D]."""
     intercept: torch.Tensor
     """Float32 [C]."""
+    multi_label: bool = False
+    """Whether a row may have any number of the classes, so that each has a probability of its own."""
 
     def name(self, class_id: int) -> str:
         """What to call a class: its name, or its label."""
@@ -54,7 +56,7 @@ def write_probe(folder: str | Path, probe: Probe) -> None:
     """Write both files; the JSON, which comes last, knows the digest of the other."""
     folder = Path(folder)
     tensors = save({"weights": probe.weights.cpu().contiguous(), "intercept": probe.intercept.cpu().contiguous()})
-    document = {field: getattr(probe, field) for field in _FIELDS}
+    document = {field: getattr(probe, field) for field in (*_FIELDS, "multi_label")}
     document |= {"model": asdict(probe.model), "format_version": FORMAT_VERSION, "weights_sha256": _digest(tensors)}
     with atomic_write(folder / WEIGHTS_FILE) as file:
         file.write(tensors)
@@ -105,9 +107,14 @@ def _parse(document: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Probe:
     }
     info = ModelInfo(**{**model, "spec": ModelSpec(**model["spec"]), "preprocess": Preprocess(**preprocess)})
     fields = {field: document[field] for field in _FIELDS}
+    multi_label = document.get("multi_label", False)  # probes of before there were such have none
+    if not isinstance(multi_label, bool):
+        raise ValueError("multi_label is neither true nor false")
     fields["classes"] = tuple(int(label) for label in fields["classes"])
     fields["names"] = None if fields["names"] is None else tuple(map(str, fields["names"]))
-    probe = Probe(model=info, **fields, weights=tensors["weights"], intercept=tensors["intercept"])
+    probe = Probe(
+        model=info, **fields, multi_label=multi_label, weights=tensors["weights"], intercept=tensors["intercept"]
+    )
     num_classes = len(probe.classes)
     if probe.features not in FEATURES or (probe.names is not None and len(probe.names) != num_classes):
         raise ValueError("features or names do not fit")

@@ -71,7 +71,7 @@ def read_all_labels(folder: str | Path, column: str = LABEL_COLUMN) -> Labels:
         StoreError: A file is damaged.
     """
     if column != LABEL_COLUMN:
-        raise UsageError(f"--label {column}: the column of class labels is {LABEL_COLUMN!r}")
+        raise UsageError(f"--label {column}: the column of class labels is {LABEL_COLUMN!r}, that of lists 'labels'")
     folder = Path(folder)
     read_dataset(folder)
     shards: dict[str, None] = {}
@@ -90,7 +90,7 @@ def read_all_labels(folder: str | Path, column: str = LABEL_COLUMN) -> Labels:
     if not found.is_labelled.any():
         raise ClassesError(
             f"{folder}: none of {len(found.labels):,} rows has a label; a probe learns from labels, which come from"
-            " the .cls members of the tars"
+            " the .cls members of the tars; lists of labels are asked for by --label labels"
         )
     return found
 

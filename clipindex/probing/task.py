@@ -8,6 +8,8 @@ import torch
 
 from clipindex.devices import choose_device, choose_precision
 from clipindex.errors import ClassesError, UsageError
+from clipindex.losses import ClassLists
+from clipindex.probing.lists import LISTS_COLUMN, find_listed_classes, read_all_lists, split_rows, take_lists
 from clipindex.probing.rows import FEATURES, Ids, Part, Streamed, find_classes, read_all_labels, split, take_part
 from clipindex.prompts import read_classes
 from clipindex.store import Dataset, find_vectors, read_dataset
@@ -29,6 +31,8 @@ class TestRows:
     """Rows without a label."""
     source: str
     """Where they are from, for the record."""
+    lists: ClassLists | None = None
+    """Of `parts`, where rows have any number of classes."""
 
     def rows(self, features: str, device: torch.device) -> Streamed:
         """The rows, with features of a kind."""
@@ -59,6 +63,8 @@ class Task:
     device: torch.device
     low: torch.dtype | None
     """Type of the products of the first passes."""
+    lists: ClassLists | None = None
+    """Of all rows with one, where rows have any number of classes."""
 
 
 def pose_task(
@@ -86,17 +92,17 @@ def pose_task(
     dataset = read_dataset(folder)
     model = _before_projection(folder, dataset) if pre_projection else dataset.model
     chosen_device = choose_device(device)
-    labels = read_all_labels(folder, label)
-    classes = find_classes(labels)
-    part = replace(take_part(labels, classes)[0], vectors=find_vectors(folder, dataset, model))
+    part, classes, lists, _, left_out = _take(folder, label, None)
+    part = replace(part, vectors=find_vectors(folder, dataset, model))
     rows = Streamed([part], features, chosen_device)
     training = torch.arange(len(rows.class_ids)).numpy()
     test_rows = None
     if held_out is not None:
-        training, chosen = split(rows.class_ids, held_out, seed)
-        test_rows = TestRows(
-            parts=(part,), chosen=chosen, unseen={}, left_out=0, source=f"{held_out:g} of {folder}, held out"
+        training, chosen = (
+            split(rows.class_ids, held_out, seed) if lists is None else split_rows(len(training), held_out, seed)
         )
+        source = f"{held_out:g} of {folder}, held out"
+        test_rows = TestRows(parts=(part,), chosen=chosen, unseen={}, left_out=0, source=source, lists=lists)
     elif test is not None:
         test_rows = _other_directory(Path(test), model, classes, label)
     return Task(
@@ -107,10 +113,11 @@ def pose_task(
         names=name_classes(classes, names),
         rows=rows,
         training=training,
-        left_out=labels.left_out,
+        left_out=left_out,
         test=test_rows,
         device=chosen_device,
         low=low_precision(chosen_device),
+        lists=lists,
     )
 
 
@@ -142,12 +149,26 @@ def low_precision(device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if choose_precision("auto", device) == "bf16" else None
 
 
+def _take(
+    folder: Path, label: str, classes: Sequence[int] | None
+) -> tuple[Part, tuple[int, ...], ClassLists | None, dict[int, int], int]:
+    """Labelled rows, classes (those that occur, unless they are given), lists, unseen labels, rows left out."""
+    if label == LISTS_COLUMN:
+        listed = read_all_lists(folder)
+        found = find_listed_classes(listed) if classes is None else tuple(classes)
+        part, lists, unseen = take_lists(listed, found)
+        return part, found, lists, unseen, listed.left_out
+    labels = read_all_labels(folder, label)
+    found = find_classes(labels) if classes is None else tuple(classes)
+    part, unseen = take_part(labels, found)
+    return part, found, None, unseen, labels.left_out
+
+
 def _other_directory(folder: Path, model: ModelInfo, classes: Sequence[int], label: str) -> TestRows:
     vectors = find_vectors(folder, read_dataset(folder), model)
-    labels = read_all_labels(folder, label)
-    part, unseen = take_part(labels, classes)
+    part, _, lists, unseen, left_out = _take(folder, label, classes)
     part = replace(part, vectors=vectors)
-    return TestRows(parts=(part,), chosen=None, unseen=unseen, left_out=labels.left_out, source=str(folder))
+    return TestRows(parts=(part,), chosen=None, unseen=unseen, left_out=left_out, source=str(folder), lists=lists)
 
 
 def name_classes(classes: Sequence[int], names: str | Path | Sequence[str] | None) -> tuple[str, ...] | None:

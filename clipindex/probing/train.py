@@ -9,11 +9,14 @@ from typing import Any
 import torch
 
 from clipindex.errors import UsageError
-from clipindex.logistic import block_rows
+from clipindex.logistic import Fit, block_rows
 from clipindex.probing.adamw import search_decay, train_adamw
 from clipindex.probing.evaluation import Evaluation, count, summarise
+from clipindex.probing.lists import LISTS_COLUMN
+from clipindex.probing.one_vs_rest import train_one_vs_rest
 from clipindex.probing.probe import Probe, write_probe
 from clipindex.probing.protocols import PROTOCOLS, README_C, Setting, check_c, describe_search, fit_at, name_protocol
+from clipindex.probing.ranking import MultiLabelEvaluation, evaluate_lists
 from clipindex.probing.rows import Held, Ids, Rows, hold_if_fits, split, usable_bytes
 from clipindex.probing.task import Task, TestRows, pose_task
 
@@ -38,7 +41,7 @@ class TrainSummary:
     left_out: int
     """Rows of the directory without a label."""
     training: dict[str, Any]
-    test: Evaluation | None
+    test: Evaluation | MultiLabelEvaluation | None
     """On held-out rows; None where there were none."""
     seconds: float
     """From the first read to the trained weights."""
@@ -66,7 +69,7 @@ def train_probe(
 
     Args:
         folder: The embedding directory.
-        label: The column of labels.
+        label: The column of labels; 'labels', of rows with any number of classes, asks for one-vs-rest.
         c: scikit-learn's C, the inverse of the regularisation; None to search it as CLIP's appendix A.3 does.
         protocol: 'clip-benchmark' for that recipe, which knows no C; otherwise it follows from `c`.
         features: 'raw' (as in the README of CLIP, and by default) or 'normalized' (as in CLIP_benchmark).
@@ -91,6 +94,8 @@ def train_probe(
     started = time.perf_counter()
     check_c(c)
     uses_adamw = protocol == "clip-benchmark"
+    if uses_adamw and label == LISTS_COLUMN:
+        raise UsageError("CLIP_benchmark's probe knows rows of one class only; leave the protocol out for 'labels'")
     if features is None:
         features = "normalized" if uses_adamw else "raw"
     task = pose_task(
@@ -116,7 +121,8 @@ def train_probe(
             )
         probe = _train_adamw(task, rows, seed, on_progress)
     else:
-        probe = _train_logistic(task, rows, c, balanced, seed, on_progress)
+        train = _train_logistic if task.lists is None else _train_lists
+        probe = train(task, rows, c, balanced, seed, on_progress)
     seconds = time.perf_counter() - started
     evaluation = None if task.test is None else _test(task, task.test, rows, probe)
     target = Path(out) if out is not None else task.folder / "probe"
@@ -141,7 +147,29 @@ def train_probe(
 def _train_logistic(
     task: Task, rows: Rows, c: float | None, balanced: bool, seed: int, on_progress: Callable[[str], None]
 ) -> Probe:
-    setting = Setting(
+    setting = _setting(task, rows, balanced, on_progress)
+    searched = validation_split(rows.class_ids, task.training, seed) if c is None else None
+    done, trials = fit_at(rows, task.training, c, searched, setting)
+    found: dict[str, Any] = {}
+    if searched is not None:
+        found = {"validation_rows": len(searched[1]), "search": describe_search(trials)}
+    record = {**_common(task, seed), **found, **_describe_fit(done, rows, balanced)}
+    name = "clip-a3" if found else name_protocol(done.c, task.features)
+    return _probe(task, name, done.c, record, done.weights, done.intercept)
+
+
+def _train_lists(
+    task: Task, rows: Rows, c: float | None, balanced: bool, seed: int, on_progress: Callable[[str], None]
+) -> Probe:
+    setting = _setting(task, rows, balanced, on_progress)
+    done, found = train_one_vs_rest(task, rows, c, SPLIT, seed, setting)
+    record = {**_common(task, seed), **found, **_describe_fit(done, rows, balanced)}
+    probe = _probe(task, "one-vs-rest", done.c, record, done.weights, done.intercept)
+    return replace(probe, multi_label=True)
+
+
+def _setting(task: Task, rows: Rows, balanced: bool, on_progress: Callable[[str], None]) -> Setting:
+    return Setting(
         num_classes=len(task.classes),
         balanced=balanced,
         low=task.low,
@@ -149,14 +177,10 @@ def _train_logistic(
         device=task.device,
         on_pass=on_progress,
     )
-    searched = validation_split(rows.class_ids, task.training, seed) if c is None else None
-    done, trials = fit_at(rows, task.training, c, searched, setting)
-    found: dict[str, Any] = {}
-    if searched is not None:
-        found = {"validation_rows": len(searched[1]), "search": describe_search(trials)}
-    training_record = {
-        **_common(task, seed),
-        **found,
+
+
+def _describe_fit(done: Fit, rows: Rows, balanced: bool) -> dict[str, Any]:
+    return {
         "balanced": balanced,
         "objective": done.objective,
         "largest_gradient": done.gradient,
@@ -164,8 +188,6 @@ def _train_logistic(
         "converged": done.converged,
         "in_memory": isinstance(rows, Held),
     }
-    name = "clip-a3" if found else name_protocol(done.c, task.features)
-    return _probe(task, name, done.c, training_record, done.weights, done.intercept)
 
 
 def _train_adamw(task: Task, rows: Held, seed: int, on_progress: Callable[[str], None]) -> Probe:
@@ -212,12 +234,16 @@ def validation_split(class_ids: Ids, training: Ids, seed: int) -> tuple[Ids, Ids
     return training[kept], training[out]
 
 
-def _test(task: Task, test: TestRows, rows: Rows, probe: Probe) -> Evaluation:
+def _test(task: Task, test: TestRows, rows: Rows, probe: Probe) -> Evaluation | MultiLabelEvaluation:
     # Rows held out of the directory itself may be in memory already.
     source = rows if test.chosen is not None else test.rows(task.features, task.device)
     num_classes = len(task.classes)
     passes = source.passes(test.chosen, block_rows(num_classes, task.device))
-    (counts,) = count(passes, [(probe.weights, probe.intercept)], num_classes + len(test.unseen))
+    linear = (probe.weights, probe.intercept)
+    if test.lists is not None:
+        lists = test.lists.to(task.device)
+        return evaluate_lists(passes, lists, linear, task.classes, task.names, test.unseen, test.left_out)
+    (counts,) = count(passes, [linear], num_classes + len(test.unseen))
     return summarise(counts, task.classes, task.names, test.unseen, test.left_out)
 
 

@@ -10,6 +10,7 @@ Row id = (shard, row). The footer of each embeddings file carries, under the key
 from clipindex.store.dataset import (
     DTYPES,
     IMPORTED,
+    LABELS_TYPE,
     NORM_COLUMNS,
     PRE_PROJECTION,
     ROW_GROUP_ROWS,
@@ -41,6 +42,7 @@ from clipindex.store.write import AtomicParquet, ShardWriter
 __all__ = [
     "DTYPES",
     "IMPORTED",
+    "LABELS_TYPE",
     "NORM_COLUMNS",
     "PRE_PROJECTION",
     "ROW_GROUP_ROWS",

@@ -73,6 +73,9 @@ class ShardRecord:
         return self.decoder == IMPORTED
 
 
+LABELS_TYPE = pa.list_(pa.field("element", pa.int32(), nullable=False))
+
+
 def embedding_schema(dataset: Dataset) -> pa.Schema:
     """Arrow schema of an embeddings file; no part of an embedding is nullable, which quintuples reading speed."""
     element = pa.field("element", pa.float16() if dataset.dtype == "float16" else pa.float32(), nullable=False)
@@ -83,6 +86,7 @@ def embedding_schema(dataset: Dataset) -> pa.Schema:
             pa.field("embedding", pa.list_(element, dataset.model.dim), nullable=False),
             pa.field("norm", pa.float32(), nullable=False),
             pa.field("label", pa.int32()),
+            pa.field("labels", LABELS_TYPE),
             pa.field("caption", pa.string()),
             pa.field("meta", pa.string()),
             pa.field("width", pa.int32(), nullable=False),

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from clipindex.errors import FingerprintError, StoreError
 from clipindex.store.dataset import (
     FOOTER_KEY,
+    LABELS_TYPE,
     REJECT_SCHEMA,
     ROW_GROUP_ROWS,
     Dataset,
@@ -256,8 +257,9 @@ def read_columns(
         read_record(embeddings / f"{name}.parquet")  # refuses what is not ours, which may lack the columns
         with _open_parquet(embeddings / f"{name}.parquet") as file:
             try:
-                for batch in file.iter_batches(ROW_GROUP_ROWS, columns=list(columns)):
-                    yield name, {column: batch.column(column) for column in columns}
+                present = _present(file, columns)
+                for batch in file.iter_batches(ROW_GROUP_ROWS, columns=present):
+                    yield name, _arrays(batch, columns)
             except _DAMAGE as error:
                 raise _damaged(embeddings / f"{name}.parquet", error) from None
 
@@ -271,7 +273,8 @@ def _read_file(
         for group in range(file.num_row_groups):
             try:
                 embedding = mapped.group(group)
-                table = file.read_row_group(group, columns=list(columns), use_threads=False).combine_chunks()
+                present = _present(file, columns)
+                table = file.read_row_group(group, columns=present, use_threads=False).combine_chunks()
             except _DAMAGE as error:
                 raise _damaged(path, error) from None
             if not len(embedding):
@@ -280,13 +283,24 @@ def _read_file(
                 shard=record,
                 first_row=row,
                 embedding=embedding,
-                columns={column: table.column(column).chunk(0) for column in columns},
+                columns=_arrays(table.to_batches()[0], columns) if columns else {},
             )
             row += len(embedding)
 
 
+def _present(file: pq.ParquetFile, columns: Sequence[str]) -> list[str]:
+    """The columns that a file has: those of before `labels` came are read as if nothing were in it."""
+    return [column for column in columns if column != "labels" or column in file.schema_arrow.names]
+
+
+def _arrays(batch: pa.RecordBatch, columns: Sequence[str]) -> dict[str, pa.Array]:
+    missing = pa.nulls(batch.num_rows, LABELS_TYPE) if "labels" in columns else None
+    return {column: batch.column(column) if column in batch.schema.names else missing for column in columns}
+
+
 def _map_vectors(path: Path, file: pq.ParquetFile, dataset: Dataset, column: str = "embedding") -> MappedVectors:
-    if not file.schema_arrow.equals(embedding_schema(dataset)):
+    schema = embedding_schema(dataset)
+    if not (file.schema_arrow.equals(schema) or file.schema_arrow.equals(schema.remove(schema.names.index("labels")))):
         before = "" if dataset.pre_projection is None else f" and {dataset.pre_projection.dim}-d pre-projection"
         raise StoreError(f"{path}: columns are not those of {dataset.model.dim}-d{before} {dataset.dtype} embeddings")
     return MappedVectors(path, file, dataset.dtype, column)

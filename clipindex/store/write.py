@@ -14,6 +14,7 @@ from clipindex.atomic import AtomicFile, exclusively
 from clipindex.errors import StoreError
 from clipindex.store.dataset import (
     FOOTER_KEY,
+    LABELS_TYPE,
     NORM_COLUMNS,
     PRE_PROJECTION,
     REJECT_SCHEMA,
@@ -97,6 +98,7 @@ class ShardWriter:
             self._lists("embedding", vectors.unit),
             pa.array(vectors.norms, pa.float32()),
             pa.array([sample.label for sample in samples], pa.int32()),
+            pa.array([sample.labels for sample in samples], LABELS_TYPE),
             pa.array([sample.caption for sample in samples], pa.string()),
             pa.array([sample.meta for sample in samples], pa.string()),
             pa.array([width for width, _ in sizes], pa.int32()),
@@ -186,7 +188,7 @@ _PARQUET_OPTIONS: dict[str, Any] = {
         "embedding.list.element": "none",
         f"{PRE_PROJECTION}.list.element": "none",
         **dict.fromkeys(("key", *NORM_COLUMNS.values(), "label", "caption", "meta", "width", "height"), "zstd"),
-        **dict.fromkeys(("tar_offset", "tar_size"), "zstd"),
+        **dict.fromkeys(("tar_offset", "tar_size", "labels.list.element"), "zstd"),
     },
 }
 

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipindex.errors import StoreError
+from clipindex.multi_label import unpack_labels
 from clipindex.shards import shard_name
 from clipindex.store import (
     NORM_COLUMNS,
@@ -21,7 +22,7 @@ from clipindex.verification.faults import Fault, fault_of
 
 UNIT_TOLERANCE = 1e-3
 """Of an embedding's length; rounding to float16 moves it by less."""
-COLUMNS = ("key", "norm", "label", "caption", "meta", "width", "height", "tar_offset", "tar_size")
+COLUMNS = ("key", "norm", "label", "labels", "caption", "meta", "width", "height", "tar_offset", "tar_size")
 """All but the vectors."""
 
 
@@ -42,6 +43,7 @@ def check_shard(folder: Path, dataset: Dataset, record: ShardRecord) -> Iterator
         for batch in read_embeddings(folder, COLUMNS, [record.name]):
             pa.table(batch.columns).validate(full=True)
             yield from map(fault, _bad_vectors(batch, "embedding"))
+            yield from map(fault, _bad_lists(batch))
             keys.update(batch.columns["key"].to_pylist())
             rows += len(batch.embedding)
             offsets = batch.columns["tar_offset"].drop_null().to_numpy()
@@ -78,3 +80,13 @@ def _bad_vectors(batch: EmbeddingBatch, column: str) -> Iterator[str]:
             at = int(np.flatnonzero(bad)[0])
             key = batch.columns["key"][at].as_py()
             yield f"row {batch.first_row + at} (key {key!r}) has {what} {values[at]:.4g}"
+
+
+def _bad_lists(batch: EmbeddingBatch) -> Iterator[str]:
+    """Lists of labels are ascending class numbers, each once."""
+    lists = unpack_labels(batch.columns["labels"])
+    falls = (np.diff(lists.rows) == 0) & (np.diff(lists.classes) <= 0)
+    bad = lists.rows[(lists.classes < 0) | np.append(falls, False)[: len(lists.rows)]]
+    if len(bad):
+        key = batch.columns["key"][int(bad[0])].as_py()
+        yield f"row {batch.first_row + bad[0]} (key {key!r}) has labels that are no ascending class numbers"

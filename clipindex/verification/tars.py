@@ -136,6 +136,7 @@ def _differences(found: dict[str, Any], item: Sample | Reject) -> list[str]:
         return [f"it is no image there ({item.reason}); all"]
     expected = {
         "label": item.label,
+        "labels": None if item.labels is None else list(item.labels),
         "caption": item.caption,
         "meta": item.meta,
         "tar_offset": item.tar_offset,

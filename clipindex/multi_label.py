@@ -1,0 +1,105 @@
+"""Rows with any number of classes: their lists out of the store, and how well scores rank them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from clipindex.average_precision import BLOCK_SCORES, AveragePrecision, ScoreBlock, measure_average_precision
+from clipindex.errors import ClassesError
+from clipindex.index.exact import widened
+from clipindex.store import read_columns, read_embeddings
+from clipindex.types import Float32Array, IntArray
+
+
+class LabelLists(NamedTuple):
+    """The lists of n consecutive rows."""
+
+    is_labelled: npt.NDArray[np.bool_]
+    """[n]; a list may be empty."""
+    rows: IntArray
+    """Of each entry of all lists, its row."""
+    classes: IntArray
+    """Of each entry, its class number."""
+
+
+def unpack_labels(column: pa.ListArray) -> LabelLists:
+    """The column `labels` of some rows."""
+    lengths = pc.list_value_length(column).fill_null(0).to_numpy()
+    return LabelLists(
+        is_labelled=np.asarray(column.is_valid()).astype(np.bool_),
+        rows=np.repeat(np.arange(len(lengths)), lengths),
+        classes=column.flatten().to_numpy().astype(np.int64),
+    )
+
+
+def check_labels(folder: Path, shards: Sequence[str] | None, num_classes: int) -> int:
+    """Refuse labels beyond the classes, single ones and those in lists.
+
+    Returns:
+        How many rows have lists.
+
+    Raises:
+        ClassesError: A label is beyond; the first one is named.
+        StoreError: A file is damaged.
+    """
+    multi_labelled = 0
+    for name, columns in read_columns(folder, ("key", "label", "labels"), shards):
+        values = columns["label"].fill_null(0).to_numpy()
+        _check_range(name, columns["key"], np.arange(len(values)), values, num_classes)
+        if columns["labels"].null_count < len(values):
+            lists = unpack_labels(columns["labels"])
+            _check_range(name, columns["key"], lists.rows, lists.classes, num_classes)
+            multi_labelled += int(lists.is_labelled.sum())
+    return multi_labelled
+
+
+def class_average_precision(
+    folder: Path,
+    vectors: Float32Array,
+    shards: Sequence[str],
+    on_rows: Callable[[int], None] = lambda rows: None,
+) -> AveragePrecision:
+    """How well cosines to class vectors rank the rows of a directory that have lists of classes.
+
+    Args:
+        folder: The embedding directory.
+        vectors: Unit vectors [C, D] of the classes, among which all labels are.
+        shards: Names of the shards to read.
+        on_rows: Called with the number of rows that were looked at, twice each.
+
+    Raises:
+        StoreError: A file is damaged.
+    """
+    at_once = max(1, BLOCK_SCORES // len(vectors))
+
+    def score(rows: tuple[np.ndarray[Any, Any], LabelLists]) -> ScoreBlock:
+        embedding, labels = rows
+        return ScoreBlock(np.matmul(vectors, widened(embedding).T), labels.classes, labels.rows)
+
+    return measure_average_precision(len(vectors), lambda: _labelled(folder, shards, at_once), score, on_rows)
+
+
+def _labelled(folder: Path, shards: Sequence[str], at_once: int) -> Iterator[tuple[np.ndarray[Any, Any], LabelLists]]:
+    """Embeddings of the rows that have lists, so many at most at once."""
+    for batch in read_embeddings(folder, ("labels",), shards):
+        column = batch.columns["labels"]
+        kept = np.flatnonzero(np.asarray(column.is_valid()))
+        for first in range(0, len(kept), at_once):
+            rows = kept[first : first + at_once]
+            yield batch.embedding[rows], unpack_labels(column.take(pa.array(rows)))
+
+
+def _check_range(
+    shard: str, keys: pa.StringArray, rows: np.ndarray[Any, Any], values: np.ndarray[Any, Any], num_classes: int
+) -> None:
+    beyond = np.flatnonzero((values < 0) | (values >= num_classes))
+    if len(beyond):
+        raise ClassesError(
+            f"label {values[beyond[0]]} of key {keys[int(rows[beyond[0]])].as_py()!r} (shard {shard}) is beyond the"
+            f" {num_classes} classes (ids 0 to {num_classes - 1}); give the class file that the labels count in"
+        )

@@ -1,0 +1,140 @@
+"""Images with any number of classes, classified and learned from."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from corpus import write_tar
+
+from clipindex import classify, embed, list_shards, read_embeddings, read_samples, train_probe
+from clipindex.cli import commands
+from clipindex.demo import DATA
+from clipindex.errors import ClassesError
+
+DIGITS = DATA / "wds_digits"
+CLASSES = DIGITS / "classnames.txt"
+NAMES = CLASSES.read_text().splitlines()
+HERE = {"device": "cpu", "precision": "fp32"}
+
+
+def lists_of(labels):
+    """Of rows of a class each that is seen and one by chance, and now and then none; the last class never occurs."""
+    rng = np.random.default_rng(0)
+    lists = [{label, int(rng.integers(len(NAMES) - 1))} - {len(NAMES) - 1} for label in labels]
+    return [sorted(one) if at % 17 else [] for at, one in enumerate(lists)]
+
+
+def npy(values):
+    buffer = io.BytesIO()
+    np.save(buffer, np.asarray(values, np.float32))
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory):
+    """The shipped digits as CLIP_benchmark lays out sets of many labels; some rows have none, one a single label."""
+    folder = tmp_path_factory.mktemp("wds")
+    samples = [sample for shard in list_shards(str(DIGITS)) for sample in read_samples(shard)]
+    lists = lists_of([sample.label for sample in samples])
+    members = []
+    for at, (sample, classes) in enumerate(zip(samples, lists, strict=True)):
+        members.append((f"{at:05}.png", sample.image))
+        if at % 10 == 3:
+            members.append((f"{at:05}.cls", json.dumps(classes).encode()))
+        elif at == 40:
+            members.append((f"{at:05}.cls", str(sample.label).encode()))
+        elif at % 10 != 5:
+            members.append((f"{at:05}.npy", npy([one in classes for one in range(len(NAMES))])))
+    half = len(members) // 4 * 2
+    write_tar(folder / "test" / "0.tar", members[:half])
+    write_tar(folder / "test" / "1.tar", members[half:])
+    (folder / "classnames.txt").write_text(CLASSES.read_text())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def digits(tars):
+    embed(str(tars / "test"), tars / "out", model="demo", batch_size=64, **HERE)
+    return tars / "out"
+
+
+def labelled_rows(folder):
+    """Unit vectors [n, D] and truth [n, C] of the rows with lists."""
+    vectors, truth = [], []
+    for batch in read_embeddings(folder, ("labels",)):
+        for vector, classes in zip(batch.embedding, batch.columns["labels"].to_pylist(), strict=True):
+            if classes is not None:
+                vectors.append(vector.astype(np.float32))
+                truth.append([one in classes for one in range(len(NAMES))])
+    return np.array(vectors), np.array(truth)
+
+
+def by_sorting(scores, truth):
+    found = []
+    for one in range(truth.shape[1]):
+        right = truth[np.argsort(-scores[:, one], kind="stable"), one]
+        found.append((np.cumsum(right) / np.arange(1, len(right) + 1))[right].sum() / max(right.sum(), 1))
+    return np.array(found)
+
+
+def class_vectors():
+    from clipindex import ModelSpec, build_classifier, load_model
+    from clipindex.index.exact import stored_vectors
+
+    classifier = build_classifier(load_model(ModelSpec(name="demo")), NAMES, ["{c}"], **HERE)
+    return stored_vectors(classifier.index).copy()
+
+
+def test_zero_shot_average_precision_is_that_of_sorting_all_cosines(digits, tmp_path):
+    told = []
+    found = classify(digits, classes=CLASSES, templates=["{c}"], out=tmp_path / "p", on_ranked=told.append, **HERE)
+    vectors, truth = labelled_rows(digits)
+    expected = by_sorting(vectors @ class_vectors().T, truth)
+    assert found.multi_labelled == len(truth) > 100
+    assert told[-1] == 2 * len(truth)
+    np.testing.assert_allclose([row["average_precision"] for row in found.average_precision], expected, atol=1e-3)
+    assert found.mean_average_precision == pytest.approx(expected.mean(), abs=1e-4)
+    assert [row["support"] for row in found.average_precision] == truth.sum(0).tolist()
+    assert (found.average_precision[-1]["support"], found.average_precision[-1]["average_precision"]) == (0, 0)
+    assert 0.3 < found.mean_average_precision < 1
+    assert found.labelled == 1  # single labels are measured beside
+    metrics = json.loads((tmp_path / "p" / "metrics.json").read_bytes())
+    assert metrics["mean_average_precision"] == found.mean_average_precision
+    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == sorted(
+        ["metrics.json", *(f"{name}.parquet" for name in metrics["shards"])]
+    )
+
+
+def test_single_labels_are_not_ranked(tmp_path):
+    embed(str(DIGITS), tmp_path / "d", model="demo", batch_size=64, **HERE)
+    told = []
+    found = classify(tmp_path / "d", classes=CLASSES, on_ranked=told.append, **HERE)
+    assert (found.multi_labelled, found.mean_average_precision, found.average_precision, told) == (0, None, [], [])
+
+
+def test_a_class_beyond_the_names_is_named(digits, tmp_path):
+    with pytest.raises(ClassesError, match=r"label \d+ of key '\d{5}' .* is beyond the 3 classes"):
+        classify(digits, classes=NAMES[:3], out=tmp_path / "p", **HERE)
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_fit_ends_where_float32_tells_nothing_any_more(digits, tmp_path):
+    found = train_probe(digits, label="labels", c=10**-5.5, held_out=0.3, out=tmp_path, device="cpu")
+    assert found.training["converged"] and found.training["passes"] < 30
+
+
+def clipindex(*arguments):
+    done = CliRunner().invoke(commands, list(map(str, arguments)))
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_tars_are_classified_in_one_command(tars, tmp_path):
+    done = clipindex("classify", tars / "test", "--classes", CLASSES, "--out", tmp_path / "out", "--model", "demo",
+                     "--batch-size", 64, "--device", "cpu")  # fmt: skip
+    metrics = json.loads((tmp_path / "out" / "predictions" / "metrics.json").read_bytes())
+    assert f"mAP {metrics['mean_average_precision']:.2%}" in done
+    assert "average precision by class:" in done
+    assert "1 classes do not occur and count as 0" in done
