@@ -28,7 +28,7 @@ float64.
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -53,6 +53,7 @@ GRADIENT_TOLERANCE = 1e-4
 """scikit-learn's `tol`: largest component of the gradient of the objective divided by c and the sum of the weights."""
 
 _HISTORY = 10
+_RANK_TOLERANCE = 1e-12  # of the largest eigenvalue; in float64, rows that say the same come out at 1e-16 of it
 _BACKTRACKS = 6  # none of a part in low precision, which another precision takes over: it costs all others a pass
 _SUFFICIENT = 1e-4  # of the promised decrease, Nocedal & Wright 2006, section 3.1
 _AT_ONCE = {"cpu": (2048, 1 << 21), "cuda": (65_536, 1 << 26)}
@@ -146,7 +147,15 @@ class Problem:
     @one_thread()
     def _measure(self) -> None:
         """Weighted mean, and eigenvectors of the weighted second moments about it."""
-        pivot = next(iter(self._passes())).features().mean(0)  # near the mean, lest differences of large sums remain
+        few: list[Block] = []
+        for block in self._passes():
+            few.append(block)
+            if 2 * sum(len(one.values) for one in few) > block.values.shape[1]:
+                break
+        else:
+            self._measure_few(few)
+            return
+        pivot = few[0].features().mean(0)  # near the mean, lest differences of large sums remain
 
         def of_block(block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             x = block.features().sub_(pivot)
@@ -164,6 +173,23 @@ class Problem:
         self.total = total.item()
         values, vectors = torch.linalg.eigh((second - total * torch.outer(shift, shift)).float())
         self._spectrum, self._vectors = values.clamp(min=0), vectors
+
+    def _measure_few(self, blocks: Sequence[Block]) -> None:
+        """The same of fewer rows than dimensions, by their products with each other.
+
+        Weights then stay in the span of the rows, where the minimum is: so eigenvectors of zero are not needed.
+        """
+        x = torch.cat([block.features() for block in blocks]).double()
+        found = self.loss.row_weights(torch.cat([block.labels for block in blocks]))
+        weight = x.new_ones(len(x)) if found is None else found.double()
+        self.total = weight.sum().item()
+        mean = weight @ x / self.total
+        self.mean = mean.float()
+        x = (x - mean) * weight.sqrt()[:, None]
+        values, vectors = torch.linalg.eigh(x @ x.T)
+        kept = values > values[-1].clamp(min=torch.finfo(torch.float64).tiny) * _RANK_TOLERANCE
+        self._spectrum = values[kept].float()
+        self._vectors = (x.T @ vectors[:, kept] / values[kept].sqrt()).float()
 
     def _centred(self, block: Block, low: bool) -> torch.Tensor:
         x = block.features().sub_(self.mean)

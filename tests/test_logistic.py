@@ -102,6 +102,21 @@ def test_fewer_rows_than_dimensions_and_classes_that_a_line_parts(c):
     assert ((torch.from_numpy(x) @ found.weights.T + found.intercept).argmax(1).numpy() == y).all()
 
 
+@pytest.mark.parametrize("repeats", [1, 3])
+@pytest.mark.parametrize("c", [0.01, 0.316, 30.0])
+def test_far_fewer_rows_than_dimensions_in_any_blocks(c, repeats):
+    x, y = features(40 // repeats, dim=512, classes=4)
+    x, y = np.tile(x, (repeats, 1)), np.tile(y, repeats)  # rows that come again have no rank of their own
+    counts = np.bincount(y)
+    weights = (len(y) / (len(counts) * counts)).astype(np.float32)
+    expected = reference(x, y, c, class_weight="balanced")
+    best = objective(expected.coef_, expected.intercept_, x, y, c, weights)
+    for at_once in (7, 300):
+        found = fit(problem(x, y, at_once=at_once, class_weights=torch.from_numpy(weights)), c)
+        assert found.converged
+        assert objective(found.weights, found.intercept, x, y, c, weights) == pytest.approx(best, rel=1e-5)
+
+
 def test_passes_end_where_they_are_bounded():
     x, y = features(1500)
     found = fit(problem(x, y), 100.0, max_passes=3)
