@@ -46,12 +46,10 @@ def main() -> None:
     from reporting import arguments, finish
 
     parser = arguments(__doc__)
-    parser.add_argument("--rows", default="50000", help="training rows, several with commas between")
+    parser.add_argument("--rows", default="50000,200000,1000000", help="training rows, several with commas between")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--without-scikit-learn", action="store_true", help="for growth in rows, which it makes slow")
-    parser.add_argument(
-        "--tight", action="store_true", help="scikit-learn to a tolerance of 1e-6 as well: four times as long"
-    )
+    parser.add_argument("--scikit-learn-up-to", type=int, default=200_000, help="rows; half a minute for 50,000")
+    parser.add_argument("--tight-up-to", type=int, default=50_000, help="the same to 1e-6: three times as long")
     options = parser.parse_args()
     rows: list[Row] = []
     for num_rows in map(int, options.rows.split(",")):
@@ -59,13 +57,13 @@ def main() -> None:
             root = Path(folder)
             _write(root / "test", TEST_ROWS, seed=1)
             _write(root / "train", num_rows, seed=0)
-            rows += _compare(root, num_rows, options.device, _ways(options))
+            rows += _compare(root, num_rows, options.device, _ways(num_rows, options))
     finish("probe", rows, options.save)
 
 
-def _ways(options: argparse.Namespace) -> list[str]:
-    left_out = {"scikit-learn", "scikit-learn-tight"} if options.without_scikit_learn else {"scikit-learn-tight"}
-    return [way for way in WAYS if way not in left_out or (options.tight and way == "scikit-learn-tight")]
+def _ways(num_rows: int, options: argparse.Namespace) -> list[str]:
+    most = {"scikit-learn": options.scikit_learn_up_to, "scikit-learn-tight": options.tight_up_to}
+    return [way for way in WAYS if num_rows <= most.get(way, num_rows)]
 
 
 def _compare(root: Path, num_rows: int, device: str, ways: list[str]) -> list["Row"]:
