@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from clipindex.bench.run import BenchReport
 
 
-@click.command()
+@click.command(short_help="Measure each stage of embedding beside what bounds it.")
 @click.option(
     "--models",
     default="ViT-B-32",

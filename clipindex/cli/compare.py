@@ -62,7 +62,7 @@ compare_options = [
 ]  # fmt: skip
 
 
-@click.command()
+@click.command(short_help="Compare encoders: zero-shot, few-shot and full linear probes.")
 @click.argument("folders", metavar="DIR_A DIR_B …", nargs=-1, required=True, type=click.Path(path_type=Path))
 @apply(compare_options)
 @json_option

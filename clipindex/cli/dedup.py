@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from clipindex.duplicates import DuplicateSummary
 
 
-@click.command()
+@click.command(short_help="Find near-duplicates, and say which of each group to keep.")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(
     "--threshold",

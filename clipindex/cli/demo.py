@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from clipindex.demo import DemoStep, DemoSummary
 
 
-@click.command()
+@click.command(short_help="See all of it work on shipped images, without a network.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),

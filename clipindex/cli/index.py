@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from clipindex.indexing import IndexSummary
 
 
-@click.command()
+@click.command(short_help="Build the FAISS index of a directory, or add what is new.")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option(
     "--kind",

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from clipindex.packing import PackSummary
 
 
-@click.command()
+@click.command(short_help="Pack images into WebDataset shards.")
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(

@@ -22,7 +22,7 @@ def _parse_ks(context: click.Context, parameter: click.Parameter, value: str) ->
     return ks
 
 
-@click.command()
+@click.command(short_help="Measure recall@k of images by captions, and captions by images.")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--k", "ks", default="1,5,10", show_default=True, callback=_parse_ks, help="How far down to look.")
 @model_options(required=False)

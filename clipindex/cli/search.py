@@ -18,7 +18,7 @@ SHEET_SIDE = 180
 """Pixels."""
 
 
-@click.command()
+@click.command(short_help="Find the images nearest to a text, an image, or one another.")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--text", "texts", multiple=True, metavar="TEXT", help="What to look for; may be repeated.")
 @click.option(

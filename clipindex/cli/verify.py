@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 FAULTS_SHOWN = 20
 
 
-@click.command()
+@click.command(short_help="Check a directory: every sample is a row or a reject.")
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("sources", nargs=-1, metavar="[SHARDS]...")
 @click.option("--deep", is_flag=True, help="Read the tars again too, and embed some of their images anew.")
