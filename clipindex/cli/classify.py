@@ -37,7 +37,7 @@ class_options = [
 ]  # fmt: skip
 
 
-@click.command()
+@click.command(short_help="Classify images by their nearest class prompt.")
 @click.argument("source", required=False)
 @click.option("--image", "images", type=click.Path(path_type=Path), multiple=True, metavar="FILE",
               help="Classify this image file instead of SOURCE; may be repeated.")  # fmt: skip

@@ -35,7 +35,7 @@ probe_option = click.option("--probe", "probe_folder", type=click.Path(path_type
                             help="What probe train wrote.  [default: DIR/probe]")  # fmt: skip
 
 
-@click.group()
+@click.group(short_help="Linear probes: classifiers trained on embeddings.")
 def probe() -> None:
     """Linear probes: classifiers that are trained on embeddings and their labels."""
 
