@@ -16,8 +16,7 @@ from sklearn.multiclass import OneVsRestClassifier
 from clipindex import evaluate_probe, few_shot_curve, read_embeddings, read_probe, train_probe
 from clipindex.cli import commands
 from clipindex.errors import ClassesError, StoreError, UsageError
-from clipindex.logistic import Block, Problem, fit
-from clipindex.losses import ClassLists, OneVsRest
+from clipindex.logistic import Block, ClassLists, OneVsRest, Problem, fit
 from clipindex.probing import write_predictions
 
 LISTS = {"label": "labels", "device": "cpu"}

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from clipindex.errors import ClassesError
-from clipindex.losses import ClassLists
+from clipindex.logistic import ClassLists
 from clipindex.multi_label import unpack_labels
 from clipindex.probing.rows import Ids, Part
 from clipindex.store import read_columns, read_dataset

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from clipindex.errors import ClassesError
-from clipindex.logistic import Fit, Problem, block_rows, fit
-from clipindex.losses import OneVsRest
+from clipindex.logistic import Fit, OneVsRest, Problem, block_rows, fit
 from clipindex.probing.lists import split_rows
 from clipindex.probing.protocols import Setting, describe_search, search_strength
 from clipindex.probing.ranking import rank_classes

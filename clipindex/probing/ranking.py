@@ -9,8 +9,7 @@ import numpy.typing as npt
 import torch
 
 from clipindex.average_precision import AveragePrecision, ScoreBlock, measure_average_precision
-from clipindex.logistic import Block, Passes, map_blocks
-from clipindex.losses import ClassLists
+from clipindex.logistic import Block, ClassLists, Passes, map_blocks
 from clipindex.metrics import CALIBRATION_BINS
 
 Linear = tuple[torch.Tensor, torch.Tensor]

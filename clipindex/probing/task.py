@@ -8,7 +8,7 @@ import torch
 
 from clipindex.devices import choose_device, choose_precision
 from clipindex.errors import ClassesError, UsageError
-from clipindex.losses import ClassLists
+from clipindex.logistic import ClassLists
 from clipindex.probing.lists import LISTS_COLUMN, find_listed_classes, read_all_lists, split_rows, take_lists
 from clipindex.probing.rows import FEATURES, Ids, Part, Streamed, find_classes, read_all_labels, split, take_part
 from clipindex.prompts import read_classes

@@ -1,4 +1,4 @@
-"""Zero-shot classification: embeddings searched for their nearest class vector."""
+"""Classifying the rows of a directory: predictions, and metrics where there are labels."""
 
 import contextlib
 import json
@@ -11,19 +11,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from clipindex.agreement import Agreement, measure_agreement
+from clipindex.agreement import Agreement
 from clipindex.atomic import atomic_write, remove_stale_temporaries
-from clipindex.decode import decode_image
-from clipindex.devices import choose_device, choose_devices, choose_precision
-from clipindex.encode import ImageTower, TextTower
-from clipindex.errors import SampleError, SourceError, UsageError
-from clipindex.index.approximate import approximate_index, scan_approximately
-from clipindex.index.exact import Neighbours, flat_index, scan, stored_vectors
+from clipindex.errors import UsageError
+from clipindex.index.exact import Neighbours, stored_vectors
 from clipindex.metrics import ClassificationCounts
-from clipindex.models import LoadedModel, load_model_of
+from clipindex.models import load_model_of
 from clipindex.multi_label import check_labels, class_average_precision
 from clipindex.predictions import METRICS_FILE, PredictionWriter, earlier_predictions, prediction_table
-from clipindex.prompts import check_classes, check_templates, embed_classes, read_classes, read_templates
+from clipindex.prompts import read_classes, read_templates
 from clipindex.recall import draw_rows, read_drawn
 from clipindex.store import (
     EmbeddingBatch,
@@ -33,7 +29,8 @@ from clipindex.store import (
     read_embeddings,
 )
 from clipindex.threads import map_in_order, num_cores
-from clipindex.types import Float32Array, ModelInfo, ModelSpec
+from clipindex.types import ModelSpec
+from clipindex.zeroshot.classifier import ZeroShotClassifier, build_classifier
 
 NUM_RANKED = 5
 """Neighbours that acc5 needs, however few are written."""
@@ -72,88 +69,6 @@ class ClassifySummary:
     images_per_s: float
     agreement: Agreement | None = None
     """With exact classification, where this one was approximate."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ImagePrediction:
-    """The best classes of one image, best first."""
-
-    path: str
-    classes: list[str]
-    cosines: list[float]
-    probabilities: list[float]
-    """Over all classes."""
-
-
-class ZeroShotClassifier:
-    """Class names, an index of their vectors, and how the model turns cosines into probabilities.
-
-    Args:
-        classes: Their names.
-        vectors: Unit vectors [C, D].
-        model: That made them.
-        approximate: Predict by `index.approximate` in place of `index.exact`.
-    """
-
-    def __init__(
-        self, classes: Sequence[str], vectors: Float32Array, model: ModelInfo, *, approximate: bool = False
-    ) -> None:
-        self.classes = list(classes)
-        self.model = model
-        self.index = flat_index(vectors)
-        self.approximate = approximate_index(self.index) if approximate else None
-
-    def predict(self, embeddings: np.ndarray[Any, Any], k: int) -> Neighbours:
-        """The `k` best classes, at most C, of unit embeddings [n, D] of any float type."""
-        scale, bias = self.model.logit_scale, self.model.logit_bias
-        if self.approximate is not None:
-            return scan_approximately(self.approximate, embeddings, k, logit_scale=scale, logit_bias=bias)
-        return scan(self.index, embeddings, k, logit_scale=scale, logit_bias=bias)
-
-    def agreement(self, embeddings: np.ndarray[Any, Any], k: int) -> Agreement | None:
-        """With exact classification of unit embeddings [n, D]; None where it is exact, or n is 0."""
-        scale, bias = self.model.logit_scale, self.model.logit_bias
-        if self.approximate is None:
-            return None
-        return measure_agreement(self.approximate, embeddings, k, logit_scale=scale, logit_bias=bias)
-
-
-def build_classifier(
-    loaded: LoadedModel,
-    classes: Sequence[str],
-    templates: Sequence[str],
-    *,
-    device: str = "auto",
-    precision: str = "auto",
-    approximate: bool = False,
-    on_classes: Callable[[int], None] = lambda num_classes: None,
-) -> ZeroShotClassifier:
-    """Embed class prompts with a model's text tower.
-
-    Args:
-        loaded: The model.
-        classes: Class names.
-        templates: Prompt templates with `{c}`.
-        device: Where to run it.
-        precision: As in `embed_job.embed`.
-        approximate: See `classify`.
-        on_classes: Called with the number of classes embedded so far.
-
-    Raises:
-        UsageError: Approximate, and this CPU does not multiply bf16.
-        ClassesError: Names or templates cannot define a classifier.
-        ModelError: The model's tokenizer cannot be had.
-    """
-    check_classes(classes, "classes")
-    check_templates(templates, "templates")
-    if approximate and choose_precision("auto", choose_device("cpu")) != "bf16":
-        raise UsageError(
-            "this CPU has no bf16 instructions, without which approximate is slower than exact: leave it out"
-        )
-    chosen = choose_devices(device)[0]
-    tower = TextTower(loaded, device=chosen, precision=choose_precision(precision, chosen))
-    vectors = embed_classes(tower, classes, templates, on_classes)
-    return ZeroShotClassifier(classes, vectors, loaded.info, approximate=approximate)
 
 
 def classify(
@@ -256,44 +171,6 @@ def classify(
     with atomic_write(target / METRICS_FILE) as file:
         file.write(json.dumps(document, indent=2).encode() + b"\n")
     return summary
-
-
-def classify_images(
-    paths: Sequence[str | Path],
-    loaded: LoadedModel,
-    classifier: ZeroShotClassifier,
-    *,
-    top: int = 5,
-    device: str = "auto",
-    precision: str = "auto",
-) -> list[ImagePrediction]:
-    """Classify image files with the classifier's own model.
-
-    Raises:
-        SourceError: A file cannot be read.
-        SampleError: A file is no image.
-    """
-    chosen = choose_devices(device)[0]
-    tower = ImageTower(loaded, device=chosen, precision=choose_precision(precision, chosen))
-    predictions = []
-    for path in paths:
-        pixels = np.empty((1, *tower.info.preprocess.size, 3), np.uint8)
-        try:
-            decode_image(Path(path).read_bytes(), tower.info.preprocess, pixels[0])
-        except OSError as error:
-            raise SourceError(f"{path}: {error.strerror}") from error
-        except SampleError as error:
-            raise SampleError(f"{path}: {error}") from error
-        found = classifier.predict(tower.encode(pixels).unit, top)
-        predictions.append(
-            ImagePrediction(
-                path=str(path),
-                classes=[classifier.classes[at] for at in found.ids[0]],
-                cosines=found.cosines[0].tolist(),
-                probabilities=found.probabilities[0].tolist(),
-            )
-        )
-    return predictions
 
 
 def predict_directory(
