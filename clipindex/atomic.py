@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from clipindex.errors import StoreError
+
 STALE_AFTER_S = 86_400
 """Age at which another host's temporary file is taken for the remains of a dead run."""
 STATE_BYTES = 1 << 20
@@ -207,3 +209,16 @@ def _create_locked(path: Path) -> BinaryIO:
 
 def _host() -> str:
     return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse, before the work is done, a folder in which nothing can be written.
+
+    Raises:
+        StoreError: It is a file, or below one, or the system does not let this process write there.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise StoreError(f"{folder}: {existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise StoreError(f"{folder}: nothing may be written in {existing}; name another folder")

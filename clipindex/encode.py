@@ -121,9 +121,14 @@ class TextTower:
 
     def __init__(self, loaded: LoadedModel, *, device: torch.device, precision: str) -> None:
         if loaded.info.features != "projected":
+            remedy = (
+                "embed with --features projected or both"
+                if loaded.info.features == "pre-projection"
+                else "a backbone knows no texts, a CLIP model does"
+            )
             raise ModelError(
                 f"{loaded.info.spec.name}: its embeddings are {loaded.info.features} features, which share no space"
-                " with texts; use those of a CLIP model, projected"
+                f" with texts; {remedy}. Rows are found by --image and --key all the same"
             )
         self.info = loaded.info
         self._device = device

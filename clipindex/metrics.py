@@ -25,7 +25,8 @@ def wilson_interval(hits: int, total: int) -> tuple[float, float]:
     share, spread = hits / total, _Z_95**2 / total
     centre = (share + spread / 2) / (1 + spread)
     half = _Z_95 * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
+    # Rounding may put a bound on the wrong side of the share itself.
+    return min(max(centre - half, 0.0), share), max(min(centre + half, 1.0), share)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

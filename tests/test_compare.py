@@ -204,7 +204,9 @@ def test_what_contradicts_itself_is_said(pair, tmp_path):
         (both[:1], {}, "two or more"),
         ([*both, pair / "good" / ".." / "good"], {}, "given twice"),
         (both, {"tests": both[:1]}, "2 directories to compare and 1 to test on"),
-        (both, {"tests": both, "held_out": 0.2}, "not both"),
+        (both, {"tests": [pair / "good_test", pair / "worse_test"], "held_out": 0.2}, "not both"),
+        (both, {"tests": [both[1], pair / "good_test"]}, "worse is learned from, so testing on it says nothing"),
+        (both, {"pre_projection": True}, "no directory holds features before a projection"),
         (both, {"held_out": 1.0}, "above 0 and below 1"),
         (both, {"c": -1.0}, "positive"),
         (both, {"features": "x"}, "raw or normalized"),
@@ -235,8 +237,10 @@ def test_zero_shot_beside_probes(shapes, tmp_path):
     from clipindex import classify
 
     both = [shapes / "demo", Path(shutil.copytree(shapes / "demo", tmp_path / "half"))]
-    found = compare_encoders(both, tests=[both[0], both[1]], names=NAMES, shots=[1, 2], out=tmp_path / "out", **CPU)
-    zero = classify(shapes / "demo", classes=NAMES, out=tmp_path / "c", device="cpu")
+    tests = [Path(shutil.copytree(shapes / "demo", tmp_path / name)) for name in ("t0", "t1")]
+    names = [*NAMES.read_text().splitlines(), "a shape", "a red thing", "a circle"]  # no row has the last ones
+    found = compare_encoders(both, tests=tests, names=names, shots=[1, 2], out=tmp_path / "out", **CPU)
+    zero = classify(shapes / "demo", classes=names, out=tmp_path / "c", device="cpu")
     assert found.encoders[0].zero_shot.acc1 == pytest.approx(zero.acc1)
     assert found.encoders[0].zero_shot.acc5 == pytest.approx(zero.acc5)
     assert found.encoders[0].zero_shot.mean_per_class_recall == pytest.approx(zero.mean_per_class_recall)

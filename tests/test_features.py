@@ -1,5 +1,7 @@
 """Directories of features before the projection, alone and beside those after it, and of plain backbones."""
 
+import shutil
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +20,7 @@ from clipindex import (
     verify,
 )
 from clipindex.errors import FingerprintError, ModelError, StoreError, UsageError
+from clipindex.models.recipes import DEMO_DIR
 from clipindex.probing import write_predictions
 from clipindex.retrieval import Query
 from clipindex.store import NORM_COLUMNS, PRE_PROJECTION, find_vectors, read_dataset
@@ -99,8 +102,8 @@ def test_texts_are_refused_where_there_is_no_space_for_them(folders, name, messa
 @pytest.mark.parametrize(
     ("name", "features", "error", "message"),
     [
-        ("projected", "pre-projection", FingerprintError, "not of .*512-d, before the projection"),
-        ("pre-projection", "projected", FingerprintError, "512-d, before the projection"),
+        ("projected", "pre-projection", FingerprintError, "holds projected features .* pass --features projected"),
+        ("pre-projection", "projected", FingerprintError, "512-d, before the .* pass --features pre-projection"),
         ("projected", "both", StoreError, "holds no features before the projection; pass --features projected"),
         ("both", "projected", StoreError, "holds also features before the projection; pass --features both"),
     ],
@@ -108,6 +111,14 @@ def test_texts_are_refused_where_there_is_no_space_for_them(folders, name, messa
 def test_kinds_of_features_are_not_mixed(folders, name, features, error, message):
     with pytest.raises(error, match=message):
         embed(str(folders / "corpus"), folders / name, features=features, **DEMO)
+
+
+def test_a_directory_of_both_is_gone_on_with_by_another_name_of_the_model(folders, tmp_path):
+    embed(str(folders / "corpus" / "0.tar"), tmp_path / "out", features="both", **DEMO)
+    renamed = tmp_path / "renamed"
+    shutil.copytree(DEMO_DIR, renamed)
+    summary = embed(str(folders / "corpus"), tmp_path / "out", features="both", model=str(renamed), **HOW)
+    assert (summary.shards_done_before, summary.shards_embedded) == (1, 1)
 
 
 def test_a_backbone_has_no_projection(folders, tmp_path):

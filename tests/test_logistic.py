@@ -117,6 +117,17 @@ def test_far_fewer_rows_than_dimensions_in_any_blocks(c, repeats):
         assert objective(found.weights, found.intercept, x, y, c, weights) == pytest.approx(best, rel=1e-5)
 
 
+@pytest.mark.parametrize("low", [None, torch.bfloat16])
+@pytest.mark.parametrize("c", [1e2, 1e4, 1e6])
+def test_a_weak_penalty_does_not_leave_a_fit_where_it_began(c, low):
+    x, y = features(600, dim=48, classes=3, noise=0)
+    x[:, 0] *= 300  # one moment so large that others are lost in its rounding
+    found = fit(problem(x, y, low=low, hold=True), c)
+    right = (torch.from_numpy(x) @ found.weights.T + found.intercept).argmax(1).numpy() == y
+    assert right.mean() > 0.99
+    assert found.objective < 0.1 * c * len(y) * np.log(3)
+
+
 def test_passes_end_where_they_are_bounded():
     x, y = features(1500)
     found = fit(problem(x, y), 100.0, max_passes=3)

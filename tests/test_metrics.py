@@ -71,3 +71,10 @@ def test_answers_of_one_cosine_count_as_the_mean_over_their_orders(k):
         orders = list(itertools.permutations([True] * right + [False] * (level - right)))
         shares.append(np.mean([any(([False] * above + list(order))[:k]) for order in orders]))
     assert retrieval_recall(*np.array(queries).T, k) == pytest.approx(np.mean(shares))
+
+
+def test_an_interval_holds_the_share_itself():
+    for total in range(1, 3000):
+        for hits in (0, 1, total - 1, total):
+            low, high = wilson_interval(hits, total)
+            assert 0 <= low <= hits / total <= high <= 1

@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import confusion_matrix
 
-from clipindex import classify, evaluate_probe, few_shot_curve, read_probe, train_probe
+from clipindex import classify, evaluate_probe, few_shot_curve, read_embeddings, read_probe, train_probe
 from clipindex.demo import DATA
 from clipindex.embed_job import embed
 from clipindex.errors import ClassesError, FingerprintError, StoreError, UsageError
 from clipindex.probing import write_predictions
 from clipindex.probing.protocols import search_peak
 from clipindex.probing.rows import random_ranks, split
+from clipindex.store import read_dataset
 
 CPU = {"device": "cpu"}
 GAPS = np.array([2, 3, 5, 7, 11, 13, 17])
@@ -229,8 +230,18 @@ def test_zero_shot_beside_few_shot_is_that_of_classify(shapes, tmp_path):
     names = DATA / "wds_shapes" / "classnames.txt"
     curve = few_shot_curve(shapes, [1, 2], held_out=0.5, names=names, out=tmp_path / "p", **CPU)
     assert curve.zero_shot is not None and curve.templates == 1
-    everything = few_shot_curve(shapes, [1], test=shapes, seeds=1, names=names, out=tmp_path / "q", **CPU)
-    zero = classify(shapes, classes=names, out=tmp_path / "c", device="cpu", precision="auto")
+    # Among all names, those too that no row has, and of labels that there was nothing to learn of.
+    known = [*names.read_text().splitlines(), "a shape", "a red thing", "a circle", "a blue triangle on red"]
+    batches = list(read_embeddings(shapes, ("norm", "label")))
+    raw = np.concatenate([b.embedding * b.columns["norm"].to_numpy()[:, None] for b in batches])
+    labels = np.concatenate([b.columns["label"].to_numpy() for b in batches])
+    kept = (labels != 3) & (labels != 11)
+    write_directory(tmp_path / "train", raw[kept], labels[kept], info=read_dataset(shapes).model)
+    everything = few_shot_curve(
+        tmp_path / "train", [1], test=shapes, seeds=1, names=known, out=tmp_path / "q", precision="fp32", **CPU
+    )
+    zero = classify(shapes, classes=known, out=tmp_path / "c", device="cpu", precision="fp32")
+    assert 0.5 < zero.acc1 < 1
     assert everything.zero_shot == pytest.approx(zero.acc1)
 
 
@@ -258,7 +269,9 @@ def test_labels_that_make_no_probe_are_said(tmp_path):
         train_probe(tmp_path / "none", **CPU)
     write_directory(tmp_path / "few", raw[:8], [0, 0, 0, 0, 0, 1, 1, None])
     with pytest.raises(ClassesError, match="label 1 has 2 rows to learn from, fewer than 4 shots need"):
-        few_shot_curve(tmp_path / "few", [1, 4], test=tmp_path / "few", **CPU)
+        few_shot_curve(tmp_path / "few", [1, 4], test=tmp_path / "one", **CPU)
+    with pytest.raises(UsageError, match="few is learned from, so testing on it says nothing"):
+        train_probe(tmp_path / "few", test=tmp_path / "x" / ".." / "few", **CPU)
     with pytest.raises(ClassesError, match="too few to hold 0.01"):
         train_probe(tmp_path / "few", held_out=0.01, **CPU)
     with pytest.raises(ClassesError, match="label 1 has no name"):

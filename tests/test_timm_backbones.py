@@ -94,6 +94,10 @@ def test_weights_are_timms_default_unless_they_are_named(monkeypatch, caplog):
     ("spec", "message"),
     [
         ({"name": "timm:resnet5"}, "no such model; nearest names: .*resnet50"),
+        ({"name": "timm:RESNET50"}, "nearest names: .*resnet50"),
+        ({"name": "timm:resnet50."}, "no weights after the dot"),
+        ({"name": "timm:resnet50.", "random_init": 1}, "no weights after the dot"),
+        ({"name": "resnet50", "random_init": 1}, "for timm's backbone say timm:resnet50"),
         ({"name": "timm:resnet50.nope"}, "no such weights; timm has a1_in1k"),
         ({"name": "timm:resnet50.a1_in1k", "pretrained": "a2_in1k"}, "--pretrained a2_in1k contradicts it"),
         ({"name": "timm:resnet50", "pretrained": "nope"}, "neither a file .* nor a known tag; known: a1_in1k"),

@@ -97,6 +97,9 @@ def compare(
         from clipindex import probing
         from clipindex.probing.compare_plot import COMPARISON_PICTURE, draw_comparison
 
+        twice = {folder for folder, _ in model if [given for given, _ in model].count(folder) > 1}
+        if twice:
+            raise click.UsageError(f"--model {twice.pop()} is given twice: give one model for a directory")
         found = probing.compare_encoders(
             folders,
             tests=tests,
@@ -110,6 +113,8 @@ def compare(
             **options,
         )
         draw_comparison(found, plot or out / COMPARISON_PICTURE)
+        if plot is not None and plot.resolve() != (out / COMPARISON_PICTURE).resolve():
+            (out / COMPARISON_PICTURE).unlink(missing_ok=True)  # of an earlier run, and no picture of this one
     print_result(found, as_json, _lines)
     return 0
 

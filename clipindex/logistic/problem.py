@@ -59,7 +59,7 @@ class Problem:
             found = self.loss.row_weights(block.labels)
             weight = x.new_ones(len(x)) if found is None else found
             first = weight @ x
-            x = x.mul_(weight.sqrt()[:, None])  # in float32: products rounded to 8 bits hide all but the largest moments
+            x = x.mul_(weight.sqrt()[:, None])  # float32: rounded to 8 bits, products hide small moments
             return weight.sum(dtype=torch.float64), first.double(), (x.T @ x).double()
 
         total, first, second = (pivot.new_zeros((), dtype=torch.float64) for _ in range(3))

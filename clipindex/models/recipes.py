@@ -14,6 +14,7 @@ from typing import Any
 import open_clip
 import open_clip.model
 import open_clip.pretrained
+import timm
 
 from clipindex.errors import ModelError
 from clipindex.models import hf_clip
@@ -147,8 +148,9 @@ def _unknown_architecture(name: str) -> str:
     known = {model.lower(): model for model in open_clip.list_models()}
     close = [known[match] for match in difflib.get_close_matches(name.lower(), known, n=5, cutoff=0.5)]
     nearest = f"; nearest names: {', '.join(close)}" if close else ""
+    backbone = f"; for timm's backbone say timm:{name}" if timm.is_model(name.partition(".")[0]) else ""
     hub = f"; for a Hugging Face repository say {HUB_PREFIX}{name}" if name.count("/") == 1 else ""
-    return f"{name}: neither an architecture of open_clip's nor a directory{nearest}{hub}"
+    return f"{name}: neither an architecture of open_clip's nor a directory{nearest}{backbone}{hub}"
 
 
 def _from_files(spec: ModelSpec, files: Files) -> Recipe:

@@ -45,6 +45,8 @@ def load_backbone(spec: ModelSpec) -> tuple[torch.nn.Module, ModelInfo]:
         visual, cfg = _from_file(named, name, cfg) if named.pretrained else (_build(named, name), cfg)
         preprocess = _preprocess(named.name, cfg)
     except (TypeError, ValueError, KeyError) as error:
+        if isinstance(error, ModelError):
+            raise
         raise ModelError(f"{named.name}: its config cannot be understood ({error})") from error
     visual.eval().requires_grad_(False)
     model = torch.nn.Module()
@@ -63,9 +65,11 @@ def load_backbone(spec: ModelSpec) -> tuple[torch.nn.Module, ModelInfo]:
 
 def _resolve(spec: ModelSpec) -> ModelSpec:
     """The same model by architecture, tag and file."""
-    architecture, _, tag = spec.name.removeprefix(TIMM_PREFIX).partition(".")
+    architecture, dot, tag = spec.name.removeprefix(TIMM_PREFIX).partition(".")
+    if dot and not tag:
+        raise ModelError(f"{spec.name}: no weights after the dot; leave it out for timm's default ones")
     if not timm.is_model(architecture):
-        nearest = difflib.get_close_matches(architecture, timm.list_models(), n=5, cutoff=0.5)
+        nearest = difflib.get_close_matches(architecture.lower(), timm.list_models(), n=5, cutoff=0.5)
         raise ModelError(
             f"{spec.name}: timm {timm.__version__} has no such model"
             + (f"; nearest names: {', '.join(nearest)}" if nearest else "")

@@ -4,7 +4,6 @@ The same rows are held out, drawn as shots and validated on for every directory;
 """
 
 import json
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipindex.atomic import atomic_write
+from clipindex.atomic import atomic_write, check_folder
 from clipindex.devices import choose_device
-from clipindex.errors import ModelError, UsageError
+from clipindex.errors import UsageError
 from clipindex.logistic import block_rows
 from clipindex.metrics import ClassificationCounts, mcnemar
 from clipindex.probing.comparison import (
@@ -25,21 +24,19 @@ from clipindex.probing.comparison import (
     EncoderResult,
     FullProbe,
     Paired,
-    has_text_space,
     name_encoders,
 )
+from clipindex.probing.encoders import check_directories, choose_features, embed_names
 from clipindex.probing.evaluation import Linear, Ranked, count
-from clipindex.probing.few_shot import count_drawn, few_shot_points, fit_shots, zero_shot_linear
+from clipindex.probing.few_shot import count_drawn, few_shot_points, fit_shots
 from clipindex.probing.protocols import README_C, Setting, check_c, fit_at
 from clipindex.probing.rows import Held, Ids
 from clipindex.probing.shared_task import Aligned, SharedTask, align, pose_shared_task
-from clipindex.probing.task import check_choices, low_precision, name_classes
+from clipindex.probing.task import check_choices, low_precision, name_classes, read_names
 from clipindex.probing.train import validation_split
 from clipindex.prompts import read_templates
-from clipindex.store import Dataset, check_fingerprint, find_vectors, read_dataset
+from clipindex.store import check_fingerprint, find_vectors, read_dataset
 from clipindex.types import ModelInfo, ModelSpec
-
-log = logging.getLogger(__name__)
 
 COMPARISON_FILE = "compare.json"
 SHOTS = (1, 2, 4, 8, 16)
@@ -102,7 +99,11 @@ def compare_encoders(
     """
     started = time.perf_counter()
     paths, test_paths = [Path(folder) for folder in folders], [Path(folder) for folder in tests]
-    _check(paths, test_paths, shots, seeds, c)
+    check_directories(paths, test_paths)
+    check_folder(Path(out))
+    if shots and (min(shots) < 1 or seeds < 1):
+        raise UsageError("give at least one seed and numbers of shots of at least 1")
+    check_c(c)
     check_choices(features, held_out, is_tested_elsewhere=bool(tests))
     settings = _Settings(
         features=features,
@@ -117,7 +118,7 @@ def compare_encoders(
     datasets = [read_dataset(folder) for folder in paths]
     infos = [dataset.model for dataset in datasets]
     labels = name_encoders(paths, infos)
-    learned = [_learned(folder, dataset, pre_projection) for folder, dataset in zip(paths, datasets, strict=True)]
+    learned = choose_features(paths, datasets, pre_projection)
     for folder, info, probed in zip(test_paths, infos, learned, strict=False):
         dataset = read_dataset(folder)
         check_fingerprint(folder, dataset.model, info)
@@ -127,7 +128,18 @@ def compare_encoders(
     if shots:
         count_drawn(task.class_ids[task.training], task.classes, settings.shots, c)
     prompts = read_templates(templates)
-    texts = _embed_names(paths, infos, name_classes(task.classes, names), prompts, models or {}, precision, settings)
+    name_classes(task.classes, names)
+    texts = embed_names(
+        paths,
+        infos,
+        None if names is None else read_names(names),
+        [*task.classes, *task.unseen],
+        prompts,
+        models or {},
+        precision,
+        settings.device,
+        lambda note: settings.on_note(0, note),
+    )
     measured = [_measure(task, at, labels[at], info, texts[at], settings) for at, info in enumerate(learned)]
     results = _pair_with_best(measured)
     both = (task.joined, task.tested) if tests else (task.joined,)
@@ -154,16 +166,6 @@ def compare_encoders(
     return comparison
 
 
-def _learned(folder: Path, dataset: Dataset, pre_projection: bool) -> ModelInfo:
-    """What the probes of a directory learn from."""
-    if not pre_projection or dataset.model.features == "pooled":
-        return dataset.model
-    model = dataset.before_projection()
-    if model is None:
-        log.warning("%s holds no features before a projection: its projected ones are probed", folder)
-    return model or dataset.model
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Settings:
     """How each directory is measured."""
@@ -177,62 +179,6 @@ class _Settings:
     memory_bytes: int | None
     on_note: Callable[[int, str], None]
     """Called with the number of directories done, and what is being done."""
-
-
-def _check(paths: Sequence[Path], tests: Sequence[Path], shots: Sequence[int], seeds: int, c: float | None) -> None:
-    if len(paths) < 2:
-        raise UsageError("give two or more embedding directories to compare; probe train measures a single one")
-    for what in (paths, tests):
-        twice = [path for at, path in enumerate(what) if path.resolve() in [other.resolve() for other in what[:at]]]
-        if twice:
-            raise UsageError(f"{twice[0]} is given twice: give each directory once")
-    if tests and len(tests) != len(paths):
-        raise UsageError(
-            f"{len(paths)} directories to compare and {len(tests)} to test on: give one test directory for each, in the"
-            " same order"
-        )
-    if shots and (min(shots) < 1 or seeds < 1):
-        raise UsageError("give at least one seed and numbers of shots of at least 1")
-    check_c(c)
-
-
-def _embed_names(
-    paths: Sequence[Path],
-    infos: Sequence[ModelInfo],
-    names: Sequence[str] | None,
-    prompts: Sequence[str],
-    models: Mapping[str | Path, str | ModelSpec],
-    precision: str,
-    settings: _Settings,
-) -> list[Linear | str]:
-    """For each directory its zero-shot classifier, or why there is none: first of all, since a model may be missing."""
-    given = {Path(folder): model for folder, model in models.items()}
-    for folder in given:
-        if folder not in paths:
-            raise UsageError(f"a model is given for {folder}, which is none of the directories to compare")
-    texts: list[Linear | str] = []
-    for folder, info in zip(paths, infos, strict=True):
-        if names is None:
-            texts.append("no class names were given")
-        elif not has_text_space(info):
-            texts.append("its embeddings lie in no space with texts")
-        else:
-            settings.on_note(0, f"embedding class names for {folder}")
-            model = given.get(folder)
-            spec = _found_at(info.spec, model) if isinstance(model, str) else model
-            try:
-                texts.append(zero_shot_linear(folder, info, names, prompts, spec, precision, settings.device))
-            except ModelError as error:
-                raise ModelError(
-                    f"{folder}: zero-shot needs its model, {info.spec.name}, which cannot be loaded here: {error}."
-                    f" Say where it is with --model {folder} MODEL, or leave --classes out"
-                ) from error
-    return texts
-
-
-def _found_at(spec: ModelSpec, place: str) -> ModelSpec:
-    """The recorded model with weights from a file, or another one by its name."""
-    return replace(spec, pretrained=place, random_init=None) if Path(place).is_file() else ModelSpec(name=place)
 
 
 def _measure(
@@ -261,8 +207,8 @@ def _measure(
     if not isinstance(text, str):
         where = ("embedding", "normalized", settings.device, settings.memory_bytes)
         projected = align(task.tested, at, task.tested_ids, *where, may_hold=False)
-        passes_over = projected.rows.passes(projected.ascending(task.test), block_rows(num_classes, settings.device))
-        (counts,) = count(passes_over, [text], num_classes)
+        passes_over = projected.rows.passes(projected.ascending(task.test), block_rows(len(text[1]), settings.device))
+        (counts,) = count(passes_over, [text], len(text[1]))
         zero_shot = _accuracy(counts)
     result = EncoderResult(
         folder=str(folder),

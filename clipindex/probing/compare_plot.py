@@ -26,7 +26,7 @@ def draw_comparison(comparison: Comparison, path: str | Path) -> None:
         path: A .png, .svg or .pdf file.
     """
     path = Path(path)
-    encoders = sorted(comparison.encoders, key=lambda one: -one.probe.accuracy.acc1)
+    encoders = comparison.encoders
     figure = Figure(figsize=(8, 4.6 + 0.24 * len(encoders)), layout="constrained")
     axes = figure.subplots()
     shots = [point.shots for point in encoders[0].few_shot]
@@ -42,7 +42,9 @@ def draw_comparison(comparison: Comparison, path: str | Path) -> None:
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.set_xlim(min(ticks) - 0.5, max(ticks) + 0.5)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_xlabel("training rows a class" if shots else "training rows")
+    bars = "± 1 deviation over draws; " if shots and len(comparison.seeds) > 1 else ""
+    axes.set_xlabel(f"training rows{' a class' if shots else ''}  ({bars}of all rows Wilson's 95 %)")
+    axes.set_ylim(top=min(axes.get_ylim()[1], 1.03))
     axes.set_ylabel(f"acc1 of {comparison.test_rows:,} rows")
     axes.set_title(_title(comparison), loc="left", fontsize=11)
     axes.grid(color="#e4e4e4")
@@ -68,9 +70,9 @@ def _draw_encoder(
         ending = {"color": style["color"], "linestyle": ":", "linewidth": 1.4}
         axes.plot([places[-1], right + aside], [means[-1], full.acc1], **ending)
     bounds = [[full.acc1 - full.interval[0]], [full.interval[1] - full.acc1]]
-    name = f"{encoder.name}: {full.acc1:.1%}"
+    name = f"{encoder.name}, {encoder.vectors}: {full.acc1:.2%}"
     if encoder.zero_shot is not None:
-        name += f", zero-shot {encoder.zero_shot.acc1:.1%}"
+        name += f", zero-shot {encoder.zero_shot.acc1:.2%}"
         axes.plot([left + aside], [encoder.zero_shot.acc1], marker="*", markersize=13, color=style["color"])
     axes.errorbar(
         [right + aside], [full.acc1], yerr=bounds, capsize=2.5, markersize=7, linestyle="", label=name, **style

@@ -101,11 +101,6 @@ class Comparison:
     seconds: float
 
 
-def has_text_space(info: ModelInfo) -> bool:
-    """Whether a model's embeddings lie in one space with its texts."""
-    return info.features == "projected"
-
-
 def name_encoders(folders: Sequence[Path], models: Sequence[ModelInfo]) -> list[str]:
     """What to call each: its model; with the weights, or the directory, where others have the same name.
 

@@ -21,7 +21,6 @@ from clipindex.probing.rows import Ids, Streamed, read_all_labels, take_part
 from clipindex.store import LABELS_TYPE, NORM_COLUMNS, AtomicParquet, find_vectors, read_dataset, read_embeddings
 
 NUM_RANKED = 5
-CONFUSIONS_SHOWN = 20
 
 Linear = tuple[torch.Tensor, torch.Tensor]
 """Weights [C, D] and intercept [C]."""

@@ -10,18 +10,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clipindex.atomic import atomic_write
-from clipindex.devices import choose_precision
+from clipindex.atomic import atomic_write, check_folder
 from clipindex.errors import ClassesError, UsageError
 from clipindex.logistic import block_rows
 from clipindex.probing.evaluation import Linear, count
 from clipindex.probing.lists import LISTS_COLUMN
 from clipindex.probing.protocols import README_C, Setting, check_c, fit_at
 from clipindex.probing.rows import Ids, Rows, random_ranks
-from clipindex.probing.task import Task, TestRows, pose_task
-from clipindex.prompts import embed_classes, read_templates
+from clipindex.probing.task import Task, TestRows, pose_task, read_names
+from clipindex.probing.zero_shot import zero_shot_linear
+from clipindex.prompts import read_templates
 from clipindex.store import read_dataset
-from clipindex.types import ModelInfo, ModelSpec
+from clipindex.types import ModelSpec
 
 CURVE_FILE = "few_shot.json"
 MOST_VALIDATION_SHOTS = 4
@@ -99,7 +99,7 @@ def few_shot_curve(
         pre_projection: As in `train.train_probe`.
         test: Another directory of the same model.
         held_out: Or a fraction of each class of this one.
-        names: Class names, for zero-shot accuracy.
+        names: Class names, for zero-shot accuracy among all of them.
         templates: Its prompts, as in `zeroshot.classify`.
         model: How to load the model for them, where the directory's record does not lead to its weights.
         out: Where few_shot.json and few_shot.png go; `folder`/probe by default.
@@ -134,6 +134,12 @@ def few_shot_curve(
         pre_projection=pre_projection,
     )
     assert task.test is not None
+    target = Path(out) if out is not None else task.folder / "probe"
+    check_folder(target)
+    texts: Linear | None = None
+    if names is not None:  # before anything is learned, since there may be no model, or none that knows texts
+        info, labels = read_dataset(task.folder).model, [*task.classes, *task.test.unseen]
+        texts = zero_shot_linear(task.folder, info, read_names(names), labels, prompts, model, precision, task.device)
     shots, draws = sorted(set(shots)), tuple(range(seed, seed + seeds))
     class_ids = task.rows.class_ids[task.training]
     linears, strengths = fit_shots(
@@ -141,8 +147,7 @@ def few_shot_curve(
     )
     on_progress("testing")
     found, test_rows = _accuracies(task, task.test, linears)
-    zero = None if task.names is None else _zero_shot(task, task.test, task.names, prompts, model, precision)
-    target = Path(out) if out is not None else task.folder / "probe"
+    zero = None if texts is None else _zero_shot(task, task.test, texts)
     curve = FewShotCurve(
         out=str(target),
         model=task.model.spec.name,
@@ -257,42 +262,8 @@ def _accuracies(task: Task, test: TestRows, linears: Sequence[Linear]) -> tuple[
     return [float(one.overall()["acc1"] or 0) for one in counts], int(counts[0].support.sum())
 
 
-def _zero_shot(
-    task: Task,
-    test: TestRows,
-    names: Sequence[str],
-    templates: Sequence[str],
-    model: ModelSpec | None,
-    precision: str,
-) -> float:
-    info = read_dataset(task.folder).model
-    linear = zero_shot_linear(task.folder, info, names, templates, model, precision, task.device)
-    num_classes = len(task.classes)
+def _zero_shot(task: Task, test: TestRows, linear: Linear) -> float:
+    num_classes = len(linear[1])
     passes = test.embeddings(task.device).passes(test.chosen, block_rows(num_classes, task.device))
-    (counts,) = count(passes, [linear], num_classes + len(test.unseen))
+    (counts,) = count(passes, [linear], num_classes)
     return float(counts.overall()["acc1"] or 0)
-
-
-def zero_shot_linear(
-    folder: Path,
-    info: ModelInfo,
-    names: Sequence[str],
-    templates: Sequence[str],
-    model: ModelSpec | None,
-    precision: str,
-    device: torch.device,
-) -> Linear:
-    """The nearest class prompt among `names` as what it is, too: a linear classifier, of unit features.
-
-    Raises:
-        FingerprintError: The model is not that of the directory.
-        ModelError: It cannot be loaded.
-    """
-    # Here, since loading open_clip takes longer than training does, and only names need it.
-    from clipindex.encode import TextTower
-    from clipindex.models import load_model_of
-
-    loaded = load_model_of(folder, info, model)
-    tower = TextTower(loaded, device=device, precision=choose_precision(precision, device))
-    weights = torch.from_numpy(embed_classes(tower, names, templates)).to(device) * info.logit_scale
-    return weights, weights.new_zeros(len(names))

@@ -13,7 +13,8 @@ from safetensors.torch import load, save
 from clipindex.atomic import atomic_write
 from clipindex.errors import StoreError
 from clipindex.probing.rows import FEATURES
-from clipindex.types import ModelInfo, ModelSpec, Preprocess
+from clipindex.store import parse_model_info
+from clipindex.types import ModelInfo
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "probe.safetensors"
@@ -101,11 +102,7 @@ _FIELDS = ("features", "classes", "names", "protocol", "c", "training", "metrics
 
 
 def _parse(document: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Probe:
-    model = document["model"]
-    preprocess: dict[str, Any] = {
-        field: tuple(value) if isinstance(value, list) else value for field, value in model["preprocess"].items()
-    }
-    info = ModelInfo(**{**model, "spec": ModelSpec(**model["spec"]), "preprocess": Preprocess(**preprocess)})
+    info = parse_model_info(document["model"])
     fields = {field: document[field] for field in _FIELDS}
     multi_label = document.get("multi_label", False)  # probes of before there were such have none
     if not isinstance(multi_label, bool):

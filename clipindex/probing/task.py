@@ -89,6 +89,8 @@ def pose_task(
     """
     check_choices(features, held_out, is_tested_elsewhere=test is not None)
     folder = Path(folder)
+    if test is not None:
+        check_test_is_other(Path(test), [folder])
     dataset = read_dataset(folder)
     model = _before_projection(folder, dataset) if pre_projection else dataset.model
     chosen_device = choose_device(device)
@@ -144,6 +146,18 @@ def check_choices(features: str, held_out: float | None, *, is_tested_elsewhere:
         raise UsageError(f"{held_out:g} of the rows cannot be held out: give a fraction above 0 and below 1")
 
 
+def check_test_is_other(test: Path, learned: Sequence[Path]) -> None:
+    """Refuse to test on the rows that are learned from.
+
+    Raises:
+        UsageError: It is one of those directories.
+    """
+    if test.resolve() in [folder.resolve() for folder in learned]:
+        raise UsageError(
+            f"{test} is learned from, so testing on it says nothing: name another directory, or hold rows out (--split)"
+        )
+
+
 def low_precision(device: torch.device) -> torch.dtype | None:
     """The type of the products of a fit's first passes on a device; None where none is faster than float32."""
     return torch.bfloat16 if choose_precision("auto", device) == "bf16" else None
@@ -171,6 +185,11 @@ def _other_directory(folder: Path, model: ModelInfo, classes: Sequence[int], lab
     return TestRows(parts=(part,), chosen=None, unseen=unseen, left_out=left_out, source=str(folder), lists=lists)
 
 
+def read_names(names: str | Path | Sequence[str]) -> list[str]:
+    """Class names, out of a file unless they are given."""
+    return read_classes(names) if isinstance(names, str | Path) else list(names)
+
+
 def name_classes(classes: Sequence[int], names: str | Path | Sequence[str] | None) -> tuple[str, ...] | None:
     """The names of the labels that occur, out of a list in which the place is the label.
 
@@ -179,7 +198,7 @@ def name_classes(classes: Sequence[int], names: str | Path | Sequence[str] | Non
     """
     if names is None:
         return None
-    known = read_classes(names) if isinstance(names, str | Path) else list(names)
+    known = read_names(names)
     beyond = [label for label in classes if not 0 <= label < len(known)]
     if beyond:
         raise ClassesError(

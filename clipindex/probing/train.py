@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from clipindex.atomic import check_folder
 from clipindex.errors import UsageError
 from clipindex.logistic import Fit, block_rows
 from clipindex.probing.adamw import search_decay, train_adamw
@@ -109,6 +110,8 @@ def train_probe(
         device=device,
         pre_projection=pre_projection,
     )
+    target = Path(out) if out is not None else task.folder / "probe"
+    check_folder(target)
     rows = hold_if_fits(task.rows, memory_bytes, task.device)
     if uses_adamw:
         if balanced:
@@ -125,7 +128,6 @@ def train_probe(
         probe = train(task, rows, c, balanced, seed, on_progress)
     seconds = time.perf_counter() - started
     evaluation = None if task.test is None else _test(task, task.test, rows, probe)
-    target = Path(out) if out is not None else task.folder / "probe"
     if evaluation is not None and task.test is not None:
         probe = replace(probe, metrics={"source": task.test.source, **asdict(evaluation)})
     write_probe(target, probe)

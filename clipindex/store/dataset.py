@@ -131,10 +131,15 @@ def open_dataset(
     document = json.dumps(asdict(wanted), indent=2).encode() + b"\n"
     create_exclusive(folder / "dataset.json", document)
     found = read_dataset(folder)
+    if found.model.features != model.features and found.model.spec == model.spec:
+        raise FingerprintError(
+            f"{folder} holds {found.model.features} features of {describe_model(found.model)}; pass --features"
+            f" {found.model.features}, or another --out"
+        )
     check_fingerprint(folder, found.model, model)
     if found.dtype != dtype:
         raise StoreError(f"{folder} holds {found.dtype} embeddings; pass --dtype {found.dtype} or another --out")
-    if found.pre_projection != pre_projection:
+    if (found.pre_projection is None) != (pre_projection is None):
         has = "also" if found.pre_projection else "no"
         option = "both" if found.pre_projection else "projected"
         raise StoreError(
