@@ -118,14 +118,16 @@ def test_far_fewer_rows_than_dimensions_in_any_blocks(c, repeats):
 
 
 @pytest.mark.parametrize("low", [None, torch.bfloat16])
-@pytest.mark.parametrize("c", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("c", [1e6])
 def test_a_weak_penalty_does_not_leave_a_fit_where_it_began(c, low):
-    x, y = features(600, dim=48, classes=3, noise=0)
-    x[:, 0] *= 300  # one moment so large that others are lost in its rounding
+    x, y = features(320, dim=64, classes=10, noise=0)
+    # A spectrum of six decades in directions of no axis: rounded to 8 bits, its moments are lost in each other.
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(64, 64)))[0]
+    x = ((x @ basis) * np.logspace(0.5, -2.5, 64) @ basis.T).astype(np.float32)
     found = fit(problem(x, y, low=low, hold=True), c)
     right = (torch.from_numpy(x) @ found.weights.T + found.intercept).argmax(1).numpy() == y
-    assert right.mean() > 0.99
-    assert found.objective < 0.1 * c * len(y) * np.log(3)
+    assert right.mean() > 0.9
+    assert found.objective < 0.5 * c * len(y) * np.log(10)
 
 
 def test_passes_end_where_they_are_bounded():

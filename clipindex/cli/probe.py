@@ -204,7 +204,12 @@ def _train_lines(summary: "TrainSummary") -> list[str]:
         f" {summary.protocol}{found} in {summary.seconds:,.1f} s -> {summary.out}"
     ]
     if summary.training.get("converged") is False:
-        lines.append("not converged: the passes were used up, or float32 is too coarse for so weak a regularisation")
+        lines.append(
+            "not converged: float32 is too coarse for so weak a penalty, or the passes were used up; a smaller --c, or"
+            " --features normalized, converges"
+        )
+    if summary.protocol == "clip-a3" and summary.c is not None and not 1.1e-6 < summary.c < 0.9e6:
+        lines.append("this C is the end of the range that was searched: among equals the strongest penalty is taken")
     constant = summary.training.get("constant_classes")
     if constant:
         lines.append(
