@@ -7,7 +7,7 @@ What is known of that decoder, and how it is met (torchvision 0.21 to 0.29):
 - Baseline JPEGs are for the hardware engine where there is one. It does not wait for what the stream was given before
   (pytorch/vision#9606, meta-pytorch/torchcodec#1634, on an H100), and would write over memory that kernels still read.
   So a call has a stream of its own, whose memory is nobody else's, and that stream is idle before each decoding.
-- It may say nothing of damage; `baseline` is what guards against that, and whoever calls compares some images.
+- It may say nothing of damage: `baseline` refuses what can be seen of that, `pipeline.device_share` compares samples.
 
 The result goes back to the host, into the batch that the CPU fills as well: 150 KB an image each way, beside 50 KB of
 JPEG and half a megabyte of pixels that do not cross the bus.
@@ -132,6 +132,7 @@ class DeviceDecoder:
         """
         stream = contextlib.nullcontext() if place.stream is None else torch.cuda.stream(place.stream)
         with torch.inference_mode(), stream:
+            _blank(sizes, self.device)
             if place.stream is not None:
                 place.stream.synchronize()
             decoded = _decode_jpegs(images, self.device)
@@ -180,6 +181,16 @@ def _decode_jpegs(images: Sequence[bytes], device: torch.device) -> list[torch.T
     if device.type == "cuda":
         return list(torch.ops.image.decode_jpegs_cuda(encoded, mode, device))
     return [torch.ops.image.decode_jpeg(one, mode, False) for one in encoded]
+
+
+def _blank(sizes: Sequence[Baseline], device: torch.device) -> None:
+    """Grey out the memory that the decoder is about to get.
+
+    What it leaves unwritten of a damaged image would otherwise show another one. The allocator has the blocks of one
+    stream for that stream, and gives those that fit best.
+    """
+    blanks = [torch.full((3, size.height, size.width), 128, dtype=torch.uint8, device=device) for size in sizes]
+    del blanks
 
 
 def _within_bounds(sizes: Sequence[Baseline]) -> list[list[int]]:
