@@ -59,6 +59,8 @@ class DeviceDecoder:
         self.preprocess = preprocess
         # torchvision makes its decoder anew where a device is called by another name.
         self.device = torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+        self.last_error = "no error"
+        """What the device said when it last failed."""
         self._max_pixels = max_pixels
         self._places: queue.SimpleQueue[_Place] = queue.SimpleQueue()
         for _ in range(AT_ONCE):
@@ -114,7 +116,8 @@ class DeviceDecoder:
                 place = place._replace(pixels=self._host_memory(len(batch)))
             pixels = self._pixels([images[at] for at in batch], [sizes[at] for at in batch], place)
         except Exception as error:  # nvJPEG's, CUDA's out of memory: whatever it is, one image may be the cause
-            log.debug("%d images on %s: %s", len(batch), self.device, error)
+            self.last_error = str(error).partition("\n")[0] or type(error).__name__
+            log.debug("%d images on %s: %s", len(batch), self.device, self.last_error)
             if len(batch) > 1:
                 for at in batch:
                     place = self._decode_batch([at], images, sizes, place, out, found)
@@ -135,7 +138,7 @@ class DeviceDecoder:
             _blank(sizes, self.device)
             if place.stream is not None:
                 place.stream.synchronize()
-            decoded = _decode_jpegs(images, self.device)
+            decoded = decode_jpegs(images, self.device)
             for pixels, size in zip(decoded, sizes, strict=True):
                 if pixels.shape != (3, size.height, size.width):
                     raise RuntimeError(f"{list(pixels.shape)} pixels of an image of {size.width} x {size.height}")
@@ -170,7 +173,7 @@ def resize_on_device(pixels: torch.Tensor, preprocess: Preprocess) -> torch.Tens
     return image[0, :, top : top + preprocess.size[0], left : left + preprocess.size[1]].to(torch.uint8)
 
 
-def _decode_jpegs(images: Sequence[bytes], device: torch.device) -> list[torch.Tensor]:
+def decode_jpegs(images: Sequence[bytes], device: torch.device) -> list[torch.Tensor]:
     """Images [3, h, w] on a device.
 
     The operators themselves, which let go of the GIL: `torchvision.io.decode_jpeg` around them warns at every call of

@@ -26,9 +26,10 @@ TRIAL_IMAGES = 8
 TRIAL_CALLS = 3
 EXACT_DEVIATION = 2
 """Of 255, at any pixel: what is promised of the CPU's ways, and so what 'auto' asks of a device."""
-MOST_DEVIATION = 4.0
-"""Of 255, on average over an image, of a device that was asked for: beyond, it is not another rounding or another
-filter for chroma. An image's own pixels in place of another's are ten times as far away."""
+MOST_DEVIATION = 12.0
+"""Of 255, on average over an image, of a device that was asked for. A decoder that repeats chroma samples instead of
+interpolating is 1 away for photographs and 6 for a vivid one of 8 x 8 pixels (libjpeg-turbo, told to do so); pixels of
+another image are about 60 away."""
 MOST_FAULTS = 3
 """Chunks with one, after which the device is given up."""
 
@@ -118,7 +119,9 @@ class DeviceShare:
     ) -> bool:
         """Whether a chunk can be kept, by one image of it that the CPU decodes as well."""
         done = [at for at, is_decoded in enumerate(decoded) if is_decoded]
-        fault = f"none of {len(images)} images could be decoded" if len(images) >= TRIAL_IMAGES else None
+        fault = None
+        if len(images) >= TRIAL_IMAGES:
+            fault = f"none of {len(images)} images could be decoded ({decoder.last_error})"
         if done:
             at = done[next(self._turns) % len(done)]
             fault = _difference(images[at], pixels[at], decoder.preprocess, self._is_exact)
@@ -194,7 +197,7 @@ def _silence(decoder: DeviceDecoder) -> str | None:
     if size is None:
         return "--max-pixels is below 256 x 256"
     if not decoder.decode([data], [size], [pixels])[0][0]:
-        return f"torchvision cannot decode JPEGs on {decoder.device}"
+        return f"torchvision cannot decode JPEGs on {decoder.device} ({decoder.last_error})"
     return _difference(data, pixels, decoder.preprocess, False)
 
 
@@ -205,6 +208,10 @@ def _difference(data: bytes, pixels: UInt8Array, preprocess: Preprocess, is_exac
         decode_image(data, preprocess, expected)
     except SampleError as error:
         return f"an image was decoded of which the CPU says: {error}"
+    return _deviation(expected, pixels, is_exact)
+
+
+def _deviation(expected: UInt8Array, pixels: UInt8Array, is_exact: bool) -> str | None:
     deviation = np.abs(pixels.astype(np.int16) - expected)
     worst, mean = int(deviation.max()), float(deviation.mean())
     if worst > EXACT_DEVIATION if is_exact else mean > MOST_DEVIATION:
@@ -223,12 +230,19 @@ def _try_out(
     pixels = np.zeros((len(images), *preprocess.size, 3), np.uint8)
     decoded, _ = decoder.decode(images, sizes, list(pixels))  # which warms up as well
     if not all(decoded):
-        return False, f"{decoder.device} could not decode {decoded.count(False)} of {len(images)} ordinary JPEGs"
+        failed = f"{decoded.count(False)} of {len(images)} ordinary JPEGs"
+        return False, f"{decoder.device} could not decode {failed} ({decoder.last_error})"
+    expected = np.empty_like(pixels)
     started = time.thread_time()
-    faults = [_difference(data, one, preprocess, True) for data, one in zip(images, pixels, strict=True)]
+    try:
+        for data, one in zip(images, expected, strict=True):
+            decode_image(data, preprocess, one)
+    except SampleError as error:
+        return False, f"{decoder.device} decoded an image of which the CPU says: {error}"
     cpu = decode_threads * len(images) / max(time.thread_time() - started, 1e-9)
-    if any(faults):
-        return False, f"on {decoder.device} {next(filter(None, faults))}; --decode cuda takes them as they are"
+    fault = _deviation(expected, pixels, True)
+    if fault is not None:
+        return False, f"on {decoder.device} {fault}; --decode cuda takes them as they are"
     started = time.perf_counter()
     for _ in range(TRIAL_CALLS):
         decoder.decode(images, sizes, list(pixels))
