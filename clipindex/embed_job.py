@@ -17,7 +17,7 @@ from clipindex.encode import ImageTower
 from clipindex.errors import StoreError, UsageError
 from clipindex.models import load_model
 from clipindex.pipeline import Progress, embed_shards
-from clipindex.pipeline.device_share import DECODE, obstacle, share_decoding
+from clipindex.pipeline.device_share import DECODE, DeviceShare, obstacle, share_decoding
 from clipindex.shards import MAX_BYTES, list_shards
 from clipindex.stages import StageTimes, stage_times
 from clipindex.store import DTYPES, Plan, ShardRecord, open_dataset, plan_shards, published_shards
@@ -165,14 +165,11 @@ def embed(
     plan = plan_shards(shards, published_shards(folder), dataset, refresh=refresh)
     on_plan(plan)
     size = batch_size or (_measured_batch_size(encoders[0]) if plan.todo else 0)
-    share = share_decoding(
-        decode if plan.todo else "cpu",
-        devices,
-        loaded.info.preprocess,
-        fast=fast,
-        max_pixels=max_pixels,
-        decode_threads=decode_threads or num_cores(),
-    )
+    threads = decode_threads or num_cores()
+    share = DeviceShare(None, "nothing to decode", threads)
+    if plan.todo:
+        preprocessing = loaded.info.preprocess
+        share = share_decoding(decode, devices, preprocessing, fast=fast, max_pixels=max_pixels, decode_threads=threads)
 
     records: list[ShardRecord] = []
     done_elsewhere = 0
@@ -192,7 +189,7 @@ def embed(
         folder,
         dataset,
         batch_size=size,
-        decode_threads=decode_threads,
+        decode_threads=threads,
         share=share,
         fast_decode=fast,
         max_pixels=max_pixels,

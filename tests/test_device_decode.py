@@ -379,6 +379,7 @@ def test_where_there_is_no_device_it_is_said(tmp_path):
     assert (summary.decode, summary.decode_reason, summary.decoded_on_device) == ("cpu", "no CUDA device", 0)
     with pytest.raises(UsageError, match="no CUDA device"):
         embed(corpus, tmp_path / "there", model="demo", device="cpu", decode="cuda")
+    assert embed(corpus, tmp_path / "out", model="demo", device="cpu").decode_reason == "nothing to decode"
     with pytest.raises(UsageError, match="decode 'gpu'"):
         embed(corpus, tmp_path / "there", model="demo", device="cpu", decode="gpu")
     assert not (tmp_path / "there").exists()
