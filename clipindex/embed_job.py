@@ -122,7 +122,8 @@ def embed(
         decode_threads: One for each core by default.
         preprocess: 'exact', or 'fast': large JPEGs are decoded at a fraction of their size; see `decode.decode_image`.
         decode: 'cpu'; 'cuda': ordinary JPEGs on the CUDA device that encodes, by nvJPEG, and the rest on the CPU; or
-            'auto': 'cuda' if it is faster and its pixels are within 2/255 of the CPU's, on the first images of the run.
+            'auto': 'cuda' if it is faster and its pixels are within 2/255 of the CPU's, on the first images of the run
+            (with `preprocess` 'fast': within 1/255 on average).
         max_pixels: Larger images are rejects, by their header.
         max_bytes: Images of more encoded bytes are rejects, by the tar's header.
         on_broken_shard: 'fail': a tar whose stream breaks is not published; 'salvage': what came before the break is,
@@ -147,7 +148,7 @@ def embed(
     _check_range("max_bytes", max_bytes, MAX_BYTES)
     devices = choose_devices(device)
     fast = preprocess == "fast"
-    if decode == "cuda" and (why := obstacle(devices, fast=fast)):
+    if decode == "cuda" and (why := obstacle(devices)):
         raise UsageError(f"--decode cuda: {why}")
     if devices[0].type == "cpu":
         keep_freed_memory()

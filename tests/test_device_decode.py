@@ -211,8 +211,8 @@ def run(corpus, out, share=None, **options):
     return list(embed_shards(list_shards([str(corpus)]), [encoder], out, dataset, share=share, **options))
 
 
-def shared(device="cpu", reason="asked for", threads=2, kind=DeviceDecoder):
-    return DeviceShare(decoder(device, PixelEncoder().info.preprocess, kind=kind), reason, threads)
+def shared(device="cpu", reason="asked for", threads=2, kind=DeviceDecoder, fast=False):
+    return DeviceShare(decoder(device, PixelEncoder().info.preprocess, kind=kind), reason, threads, fast=fast)
 
 
 def content(folder):
@@ -286,6 +286,16 @@ class Brighter(DeviceDecoder):
         return found
 
 
+class Coarser(DeviceDecoder):
+    """As one that repeats chroma samples: far off at a few pixels, and under 1/255 on average."""
+
+    def decode(self, images, sizes, out):
+        found = super().decode(images, sizes, out)
+        for one in out:
+            one[::5, ::5] ^= 8
+        return found
+
+
 class Refusing(DeviceDecoder):
     """Decodes nothing."""
 
@@ -343,6 +353,19 @@ def test_auto_takes_the_device_if_it_is_right_and_faster(tmp_path, kind, threads
     assert result.record.decoder == ("cuda" if way == "cuda" else "exact")
 
 
+@pytest.mark.parametrize(
+    ("kind", "fast", "way"),
+    [(Coarser, True, "cuda"), (Coarser, False, "cpu"), (Brighter, True, "cpu"), (DeviceDecoder, True, "cuda")],
+)
+def test_where_decoding_is_to_be_fast_auto_asks_for_an_average(tmp_path, kind, fast, way):
+    corpus = write_tar(tmp_path / "a.tar", labelled([f"k{at:03}" for at in range(60)]))
+    share = shared(reason=None, threads=0, kind=kind, fast=fast)
+    (result,) = run(corpus, tmp_path / "out", share, fast_decode=fast)
+    assert share.way == way, share.reason
+    assert result.record.decoder == ("cuda" if way == "cuda" else "fast" if fast else "exact")
+    assert result.record.rows == 60
+
+
 def test_auto_that_meets_too_few_images_stays_on_the_cpu(tmp_path):
     share = shared(reason=None, threads=0)
     run(write_tar(tmp_path / "a.tar", labelled(["a", "b"])), tmp_path / "out", share)
@@ -386,17 +409,16 @@ def test_where_there_is_no_device_it_is_said(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("devices", "plan", "fast", "why"),
+    ("devices", "plan", "why"),
     [
-        (["cpu"], preprocess(), False, "no CUDA device"),
-        (["cuda:0", "cuda:1"], preprocess(), False, "one decoder for all devices"),
-        (["cuda:0"], preprocess(), True, "--preprocess fast"),
-        (["cuda:0"], preprocess(mode="longest"), False, "more than a resize and a crop"),
-        (["cuda:0"], preprocess((48, 80)), False, "more than a resize and a crop"),
+        (["cpu"], preprocess(), "no CUDA device"),
+        (["cuda:0", "cuda:1"], preprocess(), "one decoder for all devices"),
+        (["cuda:0"], preprocess(mode="longest"), "more than a resize and a crop"),
+        (["cuda:0"], preprocess((48, 80)), "more than a resize and a crop"),
     ],
 )
-def test_what_stands_in_the_way(devices, plan, fast, why):
-    options = {"fast": fast, "decode_threads": 2}
+def test_what_stands_in_the_way(devices, plan, why):
+    options = {"fast": False, "decode_threads": 2}
     found = [torch.device(name) for name in devices]
     share = share_decoding("auto", found, plan, **options)
     assert (share.way, share.chunk) == ("cpu", None)

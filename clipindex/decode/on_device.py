@@ -7,6 +7,8 @@ What is known of that decoder, and how it is met (torchvision 0.21 to 0.29):
 - Baseline JPEGs are for the hardware engine where there is one. It does not wait for what the stream was given before
   (pytorch/vision#9606, meta-pytorch/torchcodec#1634, on an H100), and would write over memory that kernels still read.
   So a call has a stream of its own, whose memory is nobody else's, and that stream is idle before each decoding.
+- Of 4:2:0 and 4:2:2 it repeats chroma samples, where libjpeg interpolates (sgl-project/sglang#34163): sharp edges of
+  colour differ by tens of levels, a photograph by half a level on average.
 - It may say nothing of damage: `baseline` refuses what can be seen of that, `pipeline.device_share` compares samples.
 
 The result goes back to the host, into the batch that the CPU fills as well: 150 KB an image each way, beside 50 KB of

@@ -26,6 +26,8 @@ TRIAL_IMAGES = 8
 TRIAL_CALLS = 3
 EXACT_DEVIATION = 2
 """Of 255, at any pixel: what is promised of the CPU's ways, and so what 'auto' asks of a device."""
+FAST_DEVIATION = 1.0
+"""Of 255, on average over the images of the trial: what 'auto' asks where decoding is to be fast."""
 MOST_DEVIATION = 12.0
 """Of 255, on average over an image, of a device that was asked for. A decoder that repeats chroma samples instead of
 interpolating is 1 away for photographs and 6 for a vivid one of 8 x 8 pixels (libjpeg-turbo, told to do so); pixels of
@@ -45,11 +47,15 @@ class DeviceShare:
         decoder: Of the device; None where the CPU does all.
         reason: Why the CPU does all, or that the device was asked for; None to find out by measuring.
         decode_threads: Of the CPU's, whose rate is compared.
+        fast: Whether the CPU decodes at a fraction of the size, and pixels may differ as much as that makes them.
     """
 
-    def __init__(self, decoder: DeviceDecoder | None, reason: str | None, decode_threads: int) -> None:
+    def __init__(
+        self, decoder: DeviceDecoder | None, reason: str | None, decode_threads: int, *, fast: bool = False
+    ) -> None:
         self._decoder = decoder
-        self._is_exact = reason is None
+        self._fast = fast
+        self._is_exact = reason is None and not fast
         self._decode_threads = decode_threads
         self._turns = itertools.count()
         self._lock = threading.Lock()
@@ -106,7 +112,7 @@ class DeviceShare:
         if self._is_on is None:
             with self._lock:
                 if self._is_on is None and len(images) >= TRIAL_IMAGES:
-                    self._is_on, self.reason = _try_out(decoder, images, sizes, self._decode_threads)
+                    self._is_on, self.reason = _try_out(decoder, images, sizes, self._decode_threads, self._fast)
                     log.info("decoding on %s: %s", decoder.device if self._is_on else "the CPU", self.reason)
         return self._is_on is True
 
@@ -137,14 +143,12 @@ class DeviceShare:
         return False
 
 
-def obstacle(devices: Sequence[torch.device], *, fast: bool) -> str | None:
+def obstacle(devices: Sequence[torch.device]) -> str | None:
     """Why nothing can be decoded on these devices, whatever the model; None if nothing is known against it."""
     if devices[0].type != "cuda":
         return "no CUDA device"
     if len(devices) > 1:
         return "torchvision has one decoder for all devices of a process; give one --device"
-    if fast:
-        return "--preprocess fast is a way of the CPU's"
     return None
 
 
@@ -161,7 +165,7 @@ def share_decoding(
 
     Args:
         decode: 'cpu': nothing. 'cuda': what it can. 'auto': that, if it is faster and its pixels are within 2/255 of
-            the CPU's on the first images of the run.
+            the CPU's on the first images of the run; with `fast`, within 1/255 of them on average.
         devices: That encode.
         preprocess: The model's.
         fast: Whether the CPU decodes at a fraction of the size.
@@ -173,7 +177,7 @@ def share_decoding(
     """
     if decode == "cpu":
         return DeviceShare(None, "asked for", decode_threads)
-    why = obstacle(devices, fast=fast)
+    why = obstacle(devices)
     decoder: DeviceDecoder | None = None
     if why is None and not supports(preprocess):
         why = "this model's transform is more than a resize and a crop"
@@ -184,7 +188,7 @@ def share_decoding(
         if decode == "cuda":
             raise UsageError(f"--decode cuda: {why}; give --decode auto or cpu")
         return DeviceShare(None, why, decode_threads)
-    return DeviceShare(decoder, "asked for" if decode == "cuda" else None, decode_threads)
+    return DeviceShare(decoder, "asked for" if decode == "cuda" else None, decode_threads, fast=fast)
 
 
 def _silence(decoder: DeviceDecoder) -> str | None:
@@ -208,19 +212,20 @@ def _difference(data: bytes, pixels: UInt8Array, preprocess: Preprocess, is_exac
         decode_image(data, preprocess, expected)
     except SampleError as error:
         return f"an image was decoded of which the CPU says: {error}"
-    return _deviation(expected, pixels, is_exact)
+    return _deviation(expected, pixels, None if is_exact else MOST_DEVIATION)
 
 
-def _deviation(expected: UInt8Array, pixels: UInt8Array, is_exact: bool) -> str | None:
+def _deviation(expected: UInt8Array, pixels: UInt8Array, most: float | None) -> str | None:
+    """What to say where the mean deviation is above `most`, or, with None, a pixel not as exact as is promised."""
     deviation = np.abs(pixels.astype(np.int16) - expected)
     worst, mean = int(deviation.max()), float(deviation.mean())
-    if worst > EXACT_DEVIATION if is_exact else mean > MOST_DEVIATION:
+    if worst > EXACT_DEVIATION if most is None else mean > most:
         return f"pixels are up to {worst}/255 from the CPU's, {mean:.2f} on average"
     return None
 
 
 def _try_out(
-    decoder: DeviceDecoder, images: Sequence[bytes], sizes: Sequence[Baseline], decode_threads: int
+    decoder: DeviceDecoder, images: Sequence[bytes], sizes: Sequence[Baseline], decode_threads: int, fast: bool
 ) -> tuple[bool, str]:
     """Whether a device is right and faster, and the rates, by decoding some images both ways.
 
@@ -232,15 +237,15 @@ def _try_out(
     if not all(decoded):
         failed = f"{decoded.count(False)} of {len(images)} ordinary JPEGs"
         return False, f"{decoder.device} could not decode {failed} ({decoder.last_error})"
-    expected = np.empty_like(pixels)
-    started = time.thread_time()
     try:
-        for data, one in zip(images, expected, strict=True):
-            decode_image(data, preprocess, one)
+        started = time.thread_time()
+        expected = _decode_here(images, preprocess, fast=fast)
+        cpu = decode_threads * len(images) / max(time.thread_time() - started, 1e-9)
+        if fast:
+            expected = _decode_here(images, preprocess, fast=False)
     except SampleError as error:
         return False, f"{decoder.device} decoded an image of which the CPU says: {error}"
-    cpu = decode_threads * len(images) / max(time.thread_time() - started, 1e-9)
-    fault = _deviation(expected, pixels, True)
+    fault = _deviation(expected, pixels, FAST_DEVIATION if fast else None)
     if fault is not None:
         return False, f"on {decoder.device} {fault}; --decode cuda takes them as they are"
     started = time.perf_counter()
@@ -249,3 +254,10 @@ def _try_out(
     device = TRIAL_CALLS * len(images) / max(time.perf_counter() - started, 1e-9)
     rates = f"{device:,.0f} images/s on {decoder.device}, {cpu:,.0f} on {decode_threads} CPU threads"
     return device > cpu, f"{rates}, measured on the first {len(images)}"
+
+
+def _decode_here(images: Sequence[bytes], preprocess: Preprocess, *, fast: bool) -> UInt8Array:
+    pixels = np.empty((len(images), *preprocess.size, 3), np.uint8)
+    for data, one in zip(images, pixels, strict=True):
+        decode_image(data, preprocess, one, fast=fast)
+    return pixels
