@@ -1,12 +1,14 @@
 """Everything worth knowing of one GPU, in one command of less than ten minutes: is it right, then how fast is it.
 
-Right: cosines of each precision's embeddings to those of fp32 on the CPU. Fast: every stage beside its ceiling, for
-each model, until the time is up. Expected of bf16 on a data-centre GPU: small models are bound by decoding, ViT-L/14
-and larger by the GPU at half of its bare matrix product.
+Right: pixels that the GPU decoded beside the CPU's (`device_decode.py`), and cosines of each precision's embeddings to
+those of fp32 on the CPU. Fast: decoding both ways; then every stage beside its ceiling, for each model, until the time
+is up. Expected of bf16 on a data-centre GPU: small models are bound by decoding, ViT-L/14 and larger by the GPU at half
+of its bare matrix product.
 """
 
 import time
 
+import device_decode
 from precision import compare
 from reporting import Row, arguments, finish
 
@@ -17,6 +19,7 @@ from clipindex.types import ModelSpec
 
 MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14")
 LIMIT_S = 480.0
+DECODE_IMAGES = 8192
 
 
 def main() -> None:
@@ -28,7 +31,11 @@ def main() -> None:
     parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="begin no model after this")
     options = parser.parse_args()
     started = time.perf_counter()
-    device = str(choose_devices(options.device)[0])
+    chosen = choose_devices(options.device)[0]
+    device = str(chosen)
+    small = load_model(ModelSpec(name=device_decode.MODEL, random_init=0))
+    finish("gpu_decode_precision", device_decode.compare(small, chosen), options.save)
+    finish("gpu_decode_speed", device_decode.rates(small, chosen, options.images or DECODE_IMAGES), options.save)
     right: list[Row] = []
     fast: list[Row] = []
     for name in options.models:

@@ -17,9 +17,11 @@ from clipindex.encode import ImageTower
 from clipindex.errors import StoreError, UsageError
 from clipindex.models import load_model
 from clipindex.pipeline import Progress, embed_shards
+from clipindex.pipeline.device_share import DECODE, DeviceShare, obstacle, share_decoding
 from clipindex.shards import MAX_BYTES, list_shards
 from clipindex.stages import StageTimes, stage_times
 from clipindex.store import DTYPES, Plan, ShardRecord, open_dataset, plan_shards, published_shards
+from clipindex.threads import num_cores
 from clipindex.types import ImageEncoder, ModelSpec
 from clipindex.version import CREATED_BY
 
@@ -42,6 +44,12 @@ class EmbedSummary:
     precision: str
     batch_size: int
     """Images at once; 0 where there was nothing to do and none was given."""
+    decode: str
+    """'cuda' where the device decoded ordinary JPEGs, 'cpu' where the CPU did all."""
+    decode_reason: str
+    """Why."""
+    decoded_on_device: int
+    """Images."""
     shards: int
     """Named by the sources."""
     shards_done_before: int
@@ -84,6 +92,7 @@ def embed(
     batch_size: int | None = None,
     decode_threads: int | None = None,
     preprocess: str = "exact",
+    decode: str = "auto",
     max_pixels: int = MAX_PIXELS,
     max_bytes: int = MAX_BYTES,
     on_broken_shard: str = "fail",
@@ -112,6 +121,9 @@ def embed(
         batch_size: Images at once; found by measuring, by default.
         decode_threads: One for each core by default.
         preprocess: 'exact', or 'fast': large JPEGs are decoded at a fraction of their size; see `decode.decode_image`.
+        decode: 'cpu'; 'cuda': ordinary JPEGs on the CUDA device that encodes, by nvJPEG, and the rest on the CPU; or
+            'auto': 'cuda' if it is faster and its pixels are within 2/255 of the CPU's, on the first images of the run
+            (with `preprocess` 'fast': within 1/255 on average).
         max_pixels: Larger images are rejects, by their header.
         max_bytes: Images of more encoded bytes are rejects, by the tar's header.
         on_broken_shard: 'fail': a tar whose stream breaks is not published; 'salvage': what came before the break is,
@@ -129,11 +141,15 @@ def embed(
     _check_choice("features", features, FEATURES)
     _check_choice("dtype", dtype, DTYPES)
     _check_choice("preprocess", preprocess, PREPROCESS)
+    _check_choice("decode", decode, DECODE)
     _check_choice("on_broken_shard", on_broken_shard, ON_BROKEN_SHARD)
     _check_range("batch_size", 1 if batch_size is None else batch_size, None)
     _check_range("max_pixels", max_pixels, MAX_PIXELS)
     _check_range("max_bytes", max_bytes, MAX_BYTES)
     devices = choose_devices(device)
+    fast = preprocess == "fast"
+    if decode == "cuda" and (why := obstacle(devices)):
+        raise UsageError(f"--decode cuda: {why}")
     if devices[0].type == "cpu":
         keep_freed_memory()
     shards = list_shards([sources] if isinstance(sources, str) else sources)
@@ -150,6 +166,11 @@ def embed(
     plan = plan_shards(shards, published_shards(folder), dataset, refresh=refresh)
     on_plan(plan)
     size = batch_size or (_measured_batch_size(encoders[0]) if plan.todo else 0)
+    threads = decode_threads or num_cores()
+    share = DeviceShare(None, "nothing to decode", threads)
+    if plan.todo:
+        preprocessing = loaded.info.preprocess
+        share = share_decoding(decode, devices, preprocessing, fast=fast, max_pixels=max_pixels, decode_threads=threads)
 
     records: list[ShardRecord] = []
     done_elsewhere = 0
@@ -169,8 +190,9 @@ def embed(
         folder,
         dataset,
         batch_size=size,
-        decode_threads=decode_threads,
-        fast_decode=preprocess == "fast",
+        decode_threads=threads,
+        share=share,
+        fast_decode=fast,
         max_pixels=max_pixels,
         max_bytes=max_bytes,
         salvage=on_broken_shard == "salvage",
@@ -192,6 +214,9 @@ def embed(
         device=",".join(encoder.device for encoder in encoders),
         precision=chosen_precision,
         batch_size=size,
+        decode=share.way,
+        decode_reason=share.reason,
+        decoded_on_device=share.num_decoded,
         shards=len(shards),
         shards_done_before=len(plan.done),
         shards_embedded=len(records),

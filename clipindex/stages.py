@@ -9,6 +9,8 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 STAGES = ("read", "decode", "encode", "write")
+DEVICE_DECODE = "device decode"
+"""A stage of runs in which a CUDA device decodes as well."""
 _WAIT = "wait"
 
 
@@ -30,7 +32,7 @@ class StageClock:
     def __init__(self, decode_threads: int) -> None:
         self.decode_threads = decode_threads
         self.started = time.perf_counter()
-        self.seconds = dict.fromkeys((*STAGES, _WAIT), 0.0)
+        self.seconds = dict.fromkeys((*STAGES, DEVICE_DECODE, _WAIT), 0.0)
         """Thread-seconds; of decoding, which has many threads, what they computed rather than what passed."""
 
     @contextlib.contextmanager
@@ -69,10 +71,12 @@ def stage_times(clocks: Sequence[StageClock]) -> StageTimes:
         stage: round(
             sum(clock.seconds[stage] for clock in clocks) / max(decoded if stage == "decode" else passed, 1e-9), 3
         )
-        for stage in STAGES
+        for stage in (*STAGES, DEVICE_DECODE)
     }
+    if not busy[DEVICE_DECODE]:
+        del busy[DEVICE_DECODE]
     return StageTimes(
         busy=busy,
-        bound_by=max(STAGES, key=lambda stage: busy[stage]),
+        bound_by=max(busy, key=lambda stage: busy[stage]),
         device_waited_s=round(sum(clock.seconds[_WAIT] for clock in clocks), 3),
     )

@@ -1,12 +1,18 @@
 """The benchmark through the command line, on the smallest of everything."""
 
 import json
+import re
 
 import pytest
+import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from clipindex.bench.measure import measure_device_decode
+from clipindex.bench.utilisation import describe_utilisation, sampling_utilisation
 from clipindex.cli import commands
+from clipindex.models import load_model
+from clipindex.types import ModelSpec
 
 STAGES = ["read", "decode", "decode", "write", "encode", "encode", "end to end", "encode", "encode", "end to end"]
 
@@ -49,6 +55,19 @@ def test_the_corpus_is_used_again_and_nothing_else_is_left(work):
     assert "end to end" in done.stdout and "ceilings" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in work.rglob("*.tar")} == made != {}
     assert {path.name for path in work.iterdir()} <= {"500x375", "1600x1200", "bench.png"}
+
+
+def test_decoding_on_a_device_is_measured_beside_its_ceiling(work):
+    """On the CPU as one, for want of another."""
+    plan = load_model(ModelSpec(name="demo")).info.preprocess
+    tars = [str(path) for path in sorted((work / "500x375").glob("*.tar"))]
+    row = measure_device_decode(tars, "500x375", plan, torch.device("cpu"), chunk=5)
+    assert row.images_per_s > 0 and row.ceiling_per_s > 0
+    assert re.fullmatch("(9|10|11|12) of 12 images are for the device", row.note)
+    with sampling_utilisation(torch.device("cpu")) as samples:
+        pass
+    assert "unknown" in describe_utilisation(samples)
+    assert describe_utilisation([40, 60]) == "GPU utilisation 50 %"
 
 
 @pytest.mark.parametrize(

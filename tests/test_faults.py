@@ -74,15 +74,15 @@ def test_suspects_outlive_a_run_that_is_stopped_before_it_comes_to_them(tmp_path
     code = (
         "import os, pathlib; from clipindex.pipeline.in_hand import InHand\n"
         f"with InHand(pathlib.Path({str(tmp_path)!r}), 1, 2).decoding() as hold:\n"
-        "    hold('shard', 'a'); os._exit(1)"
+        "    hold([('shard', 'a')]); os._exit(1)"
     )
     subprocess.run([sys.executable, "-c", code], check=False)
     stopped = InHand(tmp_path, 1, 2)
     stopped.close(finished=False)
     again = InHand(tmp_path, 1, 2)
     with again.decoding() as hold:
-        assert hold("shard", "a")
-        assert not hold("shard", "b")
+        assert hold([("shard", "a")]) == [True]
+        assert hold([("shard", "b")]) == [False]
     again.close(finished=True)
     assert not list(tmp_path.iterdir())
 
@@ -92,7 +92,7 @@ def held_image(folder, host=None):
     before = set(folder.glob(".run.*.hand"))
     held = InHand(folder, 1, 1)
     with held.decoding() as hold:
-        hold("shard", "a")
+        hold([("shard", "a")])
         (path,) = set(folder.glob(".run.*.hand")) - before
         content = path.read_bytes()
     held.close(finished=True)
@@ -106,7 +106,7 @@ def test_suspects_of_another_host_are_heeded_at_once(tmp_path):
     held_image(tmp_path, host="another")
     run = InHand(tmp_path, 1, 1)
     with run.decoding() as hold:
-        assert hold("shard", "a")
+        assert hold([("shard", "a")]) == [True]
     run.close(finished=True)
     assert len(list(tmp_path.iterdir())) == 1  # whether that host's run lives cannot be known for a day
 
@@ -118,10 +118,10 @@ def test_suspects_of_a_run_that_dies_meanwhile_are_heeded(tmp_path):
     out.mkdir()
     run = InHand(out, 1, 1)
     with run.decoding() as hold:
-        assert not hold("shard", "a")
+        assert hold([("shard", "a")]) == [False]
         held_image(out)
         assert not run.is_in_other_hands(shard)
-        assert hold("shard", "a")
+        assert hold([("shard", "a")]) == [True]
     run.close(finished=True)
     assert not list(out.iterdir())
 

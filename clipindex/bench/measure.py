@@ -11,9 +11,12 @@ import torch
 
 from clipindex.bench import ceilings
 from clipindex.bench.ceilings import best_rate, synchronizer
-from clipindex.decode import decode_image
-from clipindex.embed_job import embed
+from clipindex.bench.utilisation import describe_utilisation, sampling_utilisation
+from clipindex.decode import MAX_PIXELS, decode_image
+from clipindex.decode.on_device import AT_ONCE, DeviceDecoder
+from clipindex.embed_job import EmbedSummary, embed
 from clipindex.encode import ImageTower
+from clipindex.pipeline.device_share import CHUNK
 from clipindex.shards import list_shards, read_samples
 from clipindex.store import ShardWriter, open_dataset
 from clipindex.types import ModelInfo, ModelSpec, Preprocess, Sample, Shard, Vectors
@@ -75,6 +78,34 @@ def measure_decode(tars: Sequence[str], setting: str, preprocess: Preprocess, nu
         images_per_s=best_rate(decode),
         ceiling_per_s=ceilings.jpegs_per_s(images, num_threads),
         ceiling="libjpeg-turbo without the resize",
+    )
+
+
+def measure_device_decode(
+    tars: Sequence[str], setting: str, preprocess: Preprocess, device: torch.device, chunk: int = CHUNK
+) -> Measurement:
+    """Images/s of a device, from encoded bytes in memory to pixels back on the host; of those that are for it."""
+    decoder = DeviceDecoder(preprocess, device, max_pixels=MAX_PIXELS)
+    samples = [s for shard in list_shards(tars) for s in read_samples(shard) if isinstance(s, Sample)]
+    mine = [(s.image, size) for s in samples if (size := decoder.size_of(s.image)) is not None]
+    chunks = [mine[at : at + chunk] for at in range(0, len(mine), chunk)]
+    pixels = np.empty((len(mine), *preprocess.size, 3), np.uint8)
+
+    def decode_chunk(at: int) -> int:
+        images, sizes = zip(*chunks[at], strict=True)
+        return sum(decoder.decode(images, sizes, list(pixels[at * chunk :][: len(images)]))[0])
+
+    def decode() -> int:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return sum(pool.map(decode_chunk, range(len(chunks))))
+
+    return Measurement(
+        stage="decode",
+        setting=f"{setting} to {preprocess.size[1]}x{preprocess.size[0]}, {device}, {chunk} a call",
+        images_per_s=best_rate(decode),
+        ceiling_per_s=ceilings.device_jpegs_per_s([[image for image, _ in part] for part in chunks], device),
+        ceiling="torchvision's decoder on the device, a call at a time, without the resize",
+        note=f"{len(mine)} of {len(samples)} images are for the device",
     )
 
 
@@ -146,28 +177,42 @@ def measure_write(folder: Path, info: ModelInfo) -> Measurement:
 
 
 def measure_end_to_end(
-    tars: Sequence[str], folder: Path, spec: ModelSpec, precision: str, device: str, batch_size: int, slowest: float
+    tars: Sequence[str],
+    folder: Path,
+    spec: ModelSpec,
+    precision: str,
+    device: torch.device,
+    batch_size: int,
+    decode_per_s: dict[str, float],
+    encode_per_s: float,
 ) -> Measurement:
-    """Images/s of the whole job, loading the model apart: the better of two runs, as a stage is the best of some."""
-    runs = [
-        embed(
-            tars,
-            folder / str(at),
-            model=spec.name,
-            random_init=spec.random_init,
-            precision=precision,
-            device=device,
-            batch_size=batch_size,
-        )
-        for at in range(2)
-    ]
-    summary = max(runs, key=lambda one: one.images_per_s)
+    """Images/s of the whole job, loading the model apart: the better of two runs, as a stage is the best of some.
+
+    `decode_per_s` has the rates of 'cpu' and, where there is one, 'cuda'.
+    """
+    runs: list[tuple[EmbedSummary, list[int]]] = []
+    for at in range(2):
+        with sampling_utilisation(device) as samples:
+            summary = embed(
+                tars,
+                folder / str(at),
+                model=spec.name,
+                random_init=spec.random_init,
+                precision=precision,
+                device=str(device),
+                batch_size=batch_size,
+                on_plan=lambda plan, samples=samples: samples.clear(),  # type: ignore[misc]
+            )
+        runs.append((summary, samples))
+    summary, samples = max(runs, key=lambda one: one[0].images_per_s)
     busy = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in summary.stages.busy.items())
+    gpu = f"; {describe_utilisation(samples)}" if device.type == "cuda" else ""
     return Measurement(
         stage="end to end",
         setting=f"{spec.name}, {precision} on {summary.device}, batch of {batch_size}",
         images_per_s=summary.images_per_s,
-        ceiling_per_s=slowest,
+        ceiling_per_s=min(decode_per_s[summary.decode], encode_per_s),
         ceiling="the slower of decode and encode",
-        note=f"bound by {summary.stages.bound_by}; at work: {busy}",
+        note=f"bound by {summary.stages.bound_by}; at work: {busy}{gpu};"
+        f" decoded on {summary.decode} ({summary.decode_reason})",
     )

@@ -21,11 +21,13 @@ from clipindex.bench.measure import (
     Measurement,
     measure_copy,
     measure_decode,
+    measure_device_decode,
     measure_encode,
     measure_end_to_end,
     measure_read,
     measure_write,
 )
+from clipindex.decode.on_device import supports
 from clipindex.devices import choose_device, choose_precision
 from clipindex.encode import ImageTower
 from clipindex.models import LoadedModel, load_model
@@ -120,6 +122,14 @@ def bench(
                 for tars, size in ((small[:1], SMALL_SIZE), (large, LARGE_SIZE))
             ]
             note(*decoding)
+            decode_per_s = {"cpu": decoding[0].images_per_s}
+            if chosen.type == "cuda" and supports(loaded.info.preprocess):
+                on_device = [
+                    measure_device_decode(tars, _name(size), loaded.info.preprocess, chosen)
+                    for tars, size in ((small[:1], SMALL_SIZE), (large, LARGE_SIZE))
+                ]
+                note(*on_device)
+                decode_per_s["cuda"] = on_device[0].images_per_s
             note(measure_write(folder / "write", loaded.info))
             for name in names:
                 encoding = _encoders(loaded, chosen, name, batch_sizes, products[name], on_step)
@@ -128,8 +138,8 @@ def bench(
                 if chosen.type == "cuda":
                     note(measure_copy(ImageTower(loaded, device=chosen, precision=name), size, chosen))
                 on_step(f"{spec.name}, {name}: tars to Parquet")
-                slowest = min(decoding[0].images_per_s, fastest.images_per_s)
-                note(measure_end_to_end(small, folder / "out", spec, name, str(chosen), size, slowest))
+                rates = decode_per_s, fastest.images_per_s
+                note(measure_end_to_end(small, folder / "out", spec, name, chosen, size, *rates))
                 shutil.rmtree(folder / "out")
             shutil.rmtree(folder / "write")
     finally:

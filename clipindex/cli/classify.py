@@ -102,7 +102,7 @@ def classify(
 
 
 _EMBEDDING_ONLY = (
-    *("dtype", "batch_size", "decode_threads", "preprocess", "max_pixels", "max_bytes", "on_broken_shard"),
+    *("dtype", "batch_size", "decode_threads", "preprocess", "decode", "max_pixels", "max_bytes", "on_broken_shard"),
     *("refresh", "max_reject_rate"),
 )
 

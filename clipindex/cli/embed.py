@@ -117,5 +117,7 @@ def embed_lines(summary: "EmbedSummary") -> list[str]:
     if summary.samples:
         busy = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in summary.stages.busy.items())
         lines.append(f"bound by {summary.stages.bound_by}; at work: {busy}")
+        there = f", {summary.decoded_on_device:,} images there" if summary.decoded_on_device else ""
+        lines.append(f"decoded on {summary.decode} ({summary.decode_reason}){there}")
         lines.append(f"the encoder waited {summary.stages.device_waited_s:,.1f} s for images")
     return lines

@@ -70,6 +70,8 @@ embed_options = [
     click.option("--decode-threads", type=click.IntRange(1), help="Decoding threads.  [default: one a core]"),
     click.option("--preprocess", type=click.Choice(["exact", "fast"]), default="exact", show_default=True,
                  help="fast decodes large JPEGs at a fraction of their size: pixels move by under 1/255 on average."),
+    click.option("--decode", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+                 help="Where ordinary JPEGs are decoded; auto takes cuda if that is faster and as exact as asked."),
     click.option("--max-pixels", type=click.IntRange(1, 178_956_970), default=178_956_970, show_default=True,
                  help="Larger images are rejects, by their header."),
     click.option("--max-bytes", type=click.IntRange(1, 256 << 20), default=256 << 20, show_default=True,

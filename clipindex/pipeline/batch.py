@@ -6,6 +6,7 @@ and never has to be restored. Batches span shards.
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from clipindex.types import Reject, Sample, Shard, UInt8Array, Vectors
 
@@ -45,6 +46,16 @@ Outcome = tuple[int, int] | Reject
 """Of decoding: the source's (width, height), or why there are no pixels."""
 
 
+class Decoded(NamedTuple):
+    """What became of some neighbouring slots."""
+
+    outcomes: list[Outcome]
+    seconds: float
+    """That it took to compute."""
+    device_seconds: float
+    """That a device decoded, if one did."""
+
+
 @dataclass(slots=True)
 class Batch:
     """What the reader lays out and the decode threads fill."""
@@ -52,8 +63,8 @@ class Batch:
     images: UInt8Array
     """[B, H, W, 3]; slots from `used` on are left over from an earlier batch."""
     events: list[Event] = field(default_factory=list)
-    decoding: list["Future[tuple[list[Outcome], float]]"] = field(default_factory=list)
-    """In slot order; each gives the outcomes of its slots, and the seconds that they took to compute."""
+    decoding: list["Future[Decoded]"] = field(default_factory=list)
+    """In slot order."""
     used: int = 0
     num_bytes: int = 0
 

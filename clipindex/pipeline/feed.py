@@ -7,10 +7,11 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from clipindex.errors import SampleError, ShardError, SourceError
-from clipindex.pipeline.batch import Batch, Outcome, ShardEnd, sample_reject
+from clipindex.pipeline.batch import Batch, Decoded, Outcome, ShardEnd, sample_reject
+from clipindex.pipeline.device_share import DeviceShare
 from clipindex.pipeline.in_hand import InHand
 from clipindex.shards import read_samples
-from clipindex.stages import StageClock
+from clipindex.stages import DEVICE_DECODE, StageClock
 from clipindex.types import Reject, Sample, Shard, UInt8Array
 from clipindex.urls import stat_source
 
@@ -19,12 +20,13 @@ Decode = Callable[[bytes, UInt8Array, bool], tuple[int, int]]
 argument says that the image is a suspect, to be decoded in a process of its own."""
 
 DECODE_CHUNK = 8
-"""Images a decode task: about 10 ms of work, against 50 microseconds that a task costs under the GIL."""
+"""Images a decode task of the CPU's: about 10 ms of work, against 50 microseconds that a task costs under the GIL."""
 
 
 def lay_batches(
     shards: Iterable[Shard],
     decode: Decode,
+    share: DeviceShare,
     buffers: Sequence[UInt8Array],
     pool: ThreadPoolExecutor,
     in_hand: InHand,
@@ -44,14 +46,14 @@ def lay_batches(
     def decode_chunk() -> None:
         if chunk:
             pixels = batch.images[batch.used - len(chunk) : batch.used]
-            batch.decoding.append(pool.submit(_decode, tuple(chunk), decode, in_hand, pixels))
+            batch.decoding.append(pool.submit(_decode, tuple(chunk), decode, share, in_hand, pixels))
             chunk.clear()
 
     for event in _events(shards, max_bytes, salvage):
         if isinstance(event, Sample):
             batch.lay(event)
             chunk.append((shard_name, event))
-            if len(chunk) == DECODE_CHUNK:
+            if len(chunk) >= (share.chunk or DECODE_CHUNK):
                 decode_chunk()
         else:
             batch.events.append(event)
@@ -71,9 +73,10 @@ def decoded(batches: Generator[Batch, None, None], clock: StageClock) -> Iterato
         for batch in batches:
             outcomes: list[Outcome] = []
             for decoding in batch.decoding:
-                found, seconds = decoding.result()
-                outcomes += found
-                clock.seconds["decode"] += seconds
+                done = decoding.result()
+                outcomes += done.outcomes
+                clock.seconds["decode"] += done.seconds
+                clock.seconds[DEVICE_DECODE] += done.device_seconds
             yield batch, outcomes
 
 
@@ -103,15 +106,18 @@ def _changed(shard: Shard) -> str | None:
 
 
 def _decode(
-    samples: Sequence[tuple[str, Sample]], decode: Decode, in_hand: InHand, out: UInt8Array
-) -> tuple[list[Outcome], float]:
-    """Decode samples, each beside its shard's name."""
+    samples: Sequence[tuple[str, Sample]], decode: Decode, share: DeviceShare, in_hand: InHand, out: UInt8Array
+) -> Decoded:
+    """Decode samples, each beside its shard's name: first what is for the device, then the rest."""
     started = time.thread_time()
     outcomes: list[Outcome] = []
+    names = [(shard_name, sample.key) for shard_name, sample in samples]
     with in_hand.decoding() as hold:
-        for (shard_name, sample), pixels in zip(samples, out, strict=True):
+        images = [sample.image for _, sample in samples]
+        sizes, device_seconds = share.decode(images, lambda mine: hold([names[at] for at in mine]), out)
+        for name, (_, sample), size, pixels in zip(names, samples, sizes, out, strict=True):
             try:
-                outcomes.append(decode(sample.image, pixels, hold(shard_name, sample.key)))
+                outcomes.append(size or decode(sample.image, pixels, hold([name])[0]))
             except SampleError as error:
                 outcomes.append(sample_reject(sample, "decode", str(error)))
-    return outcomes, time.thread_time() - started
+    return Decoded(outcomes, time.thread_time() - started, device_seconds)

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +44,7 @@ class Counts(NamedTuple):
 class Home:
     """Brings events back to their shards: one open shard at a time, since they come in tar order."""
 
-    def __init__(self, folder: Path, dataset: Dataset, encoder: ImageEncoder, decoder: str) -> None:
+    def __init__(self, folder: Path, dataset: Dataset, encoder: ImageEncoder, decoder: Callable[[], str]) -> None:
         self._folder = folder
         self._dataset = dataset
         self._encoder = encoder
@@ -137,7 +137,7 @@ class Home:
             record, is_ours = writer.publish(
                 samples=end.samples,
                 precision=self._encoder.precision,
-                decoder=self._decoder,
+                decoder=self._decoder(),
                 device=self._encoder.device,
                 seconds=time.perf_counter() - self._started,
                 broken=end.broken,

@@ -14,7 +14,7 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from clipindex.atomic import create_temporary, read_temporaries
@@ -32,26 +32,34 @@ _NOTHING = bytes(_CELL_BYTES)
 
 log = logging.getLogger(__name__)
 
-Hold = Callable[[str, str], bool]
-"""Called with a shard's name and a key before that image is decoded; says whether it is a suspect."""
+Hold = Callable[[Sequence[tuple[str, str]]], list[bool]]
+"""Called with shards' names and keys before those images are decoded; forgets those before; says which are suspects."""
 
 
 class InHand:
-    """This run's file; `close` ends it. Its methods may be called by any thread."""
+    """This run's file; `close` ends it. Its methods may be called by any thread.
 
-    def __init__(self, folder: Path, num_pipelines: int, num_decoders: int) -> None:
+    Args:
+        folder: The embedding directory.
+        num_pipelines: That take shards.
+        num_decoders: Threads that decode.
+        num_images: That a thread may have in hand at once.
+    """
+
+    def __init__(self, folder: Path, num_pipelines: int, num_decoders: int, num_images: int = 1) -> None:
         self._folder = folder
+        self._num_images = num_images
         self._lock = threading.Lock()
         self._suspects: set[bytes] = set()
         num_shards = num_pipelines * SHARDS_IN_FLIGHT
         self._shard_cells: dict[str, int] = {}
         self._free_shard_cells = list(range(num_shards))
-        self._decoder_cells = itertools.count(num_shards)
+        self._decoder_cells = itertools.count(num_shards, num_images)
         self._thread = threading.local()
         try:
             self._path, self._file = create_temporary(folder / _NAME, _SUFFIX)
             # Allocated now, so that no write of a cell finds the disk full.
-            self._file.write(_NOTHING * (num_shards + num_decoders))
+            self._file.write(_NOTHING * (num_shards + num_decoders * num_images))
             self._file.flush()
             self._look_around()
         except OSError as error:
@@ -78,20 +86,24 @@ class InHand:
 
     @contextlib.contextmanager
     def decoding(self) -> Iterator[Hold]:
-        """For a decode thread: tell it each image that the thread takes up; the last one is let go with the block."""
+        """For a decode thread: tell it the images that the thread takes up; the last ones are let go with the block."""
         cell = getattr(self._thread, "cell", None)
         if cell is None:
             cell = self._thread.cell = next(self._decoder_cells)
 
-        def hold(shard_name: str, key: str) -> bool:
-            digest = _digest(f"{shard_name}\0{key}")
-            self._write(cell, _IMAGE + digest)
-            return digest in self._suspects
+        held = 0
+
+        def hold(images: Sequence[tuple[str, str]]) -> list[bool]:
+            nonlocal held
+            digests = [_digest(f"{shard_name}\0{key}") for shard_name, key in images]
+            self._write(cell, b"".join(_IMAGE + digest for digest in digests) + _NOTHING * (held - len(digests)))
+            held = len(digests)
+            return [digest in self._suspects for digest in digests]
 
         try:
             yield hold
         finally:
-            self._write(cell, _NOTHING)
+            hold([])
 
     def close(self, *, finished: bool) -> None:
         """Remove the file; a run that did not do all it was given leaves its suspects to the next."""

@@ -1,7 +1,8 @@
 """Embedding shards: one pipeline a device, each of threads.
 
     reader thread     tars ─▶ samples ─▶ slots of a fixed-size batch     (one thread; tar order)
-    decode threads    encoded bytes ─▶ uint8 pixels, straight into slots (N threads; libjpeg and PyTorch drop the GIL)
+    decode threads    encoded bytes ─▶ uint8 pixels, straight into slots (N threads; libjpeg and PyTorch drop the GIL;
+                      where a CUDA device decodes, each hands it the ordinary JPEGs of its chunk before the others)
     encode thread     batch ─▶ embeddings                                (one thread)
     caller's thread   rows go home to their shards, in order ─▶ Parquet  (a thread too where there are several devices)
 
@@ -21,6 +22,7 @@ from typing import TypeVar
 from clipindex.decode import MAX_PIXELS, decode_image
 from clipindex.pipeline.alone import LoneDecoder
 from clipindex.pipeline.batch import Batch, EncodedBatch
+from clipindex.pipeline.device_share import DeviceShare
 from clipindex.pipeline.feed import Decode, decoded, lay_batches
 from clipindex.pipeline.home import Counts, Home, ShardResult
 from clipindex.pipeline.in_hand import InHand
@@ -55,6 +57,7 @@ def embed_shards(
     *,
     batch_size: int,
     decode_threads: int | None = None,
+    share: DeviceShare | None = None,
     fast_decode: bool = False,
     max_pixels: int = MAX_PIXELS,
     max_bytes: int = MAX_BYTES,
@@ -70,6 +73,7 @@ def embed_shards(
         dataset: Its dataset.json.
         batch_size: Images a call of an encoder.
         decode_threads: Of all devices together; one for each core by default.
+        share: What of the decoding the device does, where there is one pipeline; nothing by default.
         fast_decode: As in `decode.decode_image`.
         max_pixels: As in `decode.decode_image`.
         max_bytes: As in `shards.read_samples`.
@@ -90,7 +94,8 @@ def embed_shards(
     clocks = [StageClock(threads) for _ in encoders]
     counts = [Counts()] * len(encoders)
     lock = threading.Lock()
-    in_hand = InHand(folder, len(encoders), threads * len(encoders))
+    share = share or DeviceShare(None, "asked for", threads)
+    in_hand = InHand(folder, len(encoders), threads * len(encoders), share.chunk or 1)
     elsewhere: deque[ShardResult] = deque()
     put_off: set[str] = set()
 
@@ -105,9 +110,12 @@ def embed_shards(
 
         def laid(stage: Decode, buffers: Sequence[UInt8Array], pool: ThreadPoolExecutor) -> Iterator[Batch]:
             mine = _taken(waiting, put_off, folder, in_hand, elsewhere)
-            return lay_batches(mine, stage, buffers, pool, in_hand, max_bytes=max_bytes, salvage=salvage)
+            return lay_batches(mine, stage, share, buffers, pool, in_hand, max_bytes=max_bytes, salvage=salvage)
 
-        home = Home(folder, dataset, encoder, "fast" if fast_decode else "exact")
+        def decoder() -> str:
+            return "cuda" if share.num_decoded else "fast" if fast_decode else "exact"
+
+        home = Home(folder, dataset, encoder, decoder)
         with (
             contextlib.closing(_embed_on(encoder, laid, decode, home, batch_size, clocks[at])) as batches,
             contextlib.closing(alone),  # first, or the others would wait for it

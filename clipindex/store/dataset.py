@@ -59,7 +59,7 @@ class ShardRecord:
     precision: str
     """Of the weights, when these rows were made; 'unknown' of imported ones."""
     decoder: str
-    """'exact', 'fast' or `IMPORTED`."""
+    """'exact', 'fast', 'cuda' where nvJPEG decoded some of the images, or `IMPORTED`."""
     device: str
     """'unknown' for imported rows."""
     seconds: float

@@ -1,0 +1,164 @@
+"""Decoding on a CUDA device: whether its pixels are right, then how many there are a second.
+
+Right: the deviation of its pixels from the CPU's way, and the cosine of their embeddings, for photographs in each form
+that is for the device. Expected: within 2/255 for 4:4:4 and grey; for 4:2:0 at 500 x 375 up to 20/255 and 0.5 on
+average, since nvJPEG repeats chroma samples where libjpeg-turbo interpolates. Fast: by images a call and by size, beside
+the cores of the CPU; then the whole job each way. Nothing of this has been measured yet. `--device cpu` tries the
+script out.
+"""
+
+import io
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from reporting import Row, arguments, finish
+
+from clipindex.bench.corpus import write_corpus
+from clipindex.bench.measure import measure_decode, measure_device_decode
+from clipindex.bench.utilisation import describe_utilisation, sampling_utilisation
+from clipindex.decode import MAX_PIXELS, decode_image
+from clipindex.decode.on_device import DeviceDecoder
+from clipindex.devices import choose_devices
+from clipindex.embed_job import embed
+from clipindex.encode import ImageTower
+from clipindex.models import LoadedModel, load_model
+from clipindex.shards import list_shards, read_samples
+from clipindex.threads import num_cores
+from clipindex.types import ModelSpec, Sample, UInt8Array
+
+MODEL = "ViT-B-32"
+NUM_PHOTOGRAPHS = 48
+CHUNKS = (1, 8, 16, 32, 64, 128)
+SIZES = {(500, 375): 2048, (1600, 1200): 256}
+WAYS = (("cpu", "exact"), ("cuda", "exact"), ("auto", "exact"), ("cpu", "fast"), ("auto", "fast"))
+"""--decode and --preprocess of the whole job."""
+FORMS: dict[str, dict[str, Any]] = {
+    "4:2:0": {"subsampling": "4:2:0"},
+    "4:2:2": {"subsampling": "4:2:2"},
+    "4:4:4": {"subsampling": "4:4:4"},
+    "4:2:0, quality 40": {"subsampling": "4:2:0", "quality": 40},
+    "4:2:0, own codes": {"subsampling": "4:2:0", "optimize": True},
+    "4:2:0, restarts": {"subsampling": "4:2:0", "restart_marker_rows": 1},
+    "grey": {"mode": "L"},
+    "333 x 251": {"subsampling": "4:2:0", "size": (333, 251)},
+    "97 x 130": {"subsampling": "4:2:0", "size": (97, 130)},
+    "1600 x 1200": {"subsampling": "4:2:0", "size": (1600, 1200)},
+}
+
+
+def main() -> None:
+    """Measure, print and, with --save, keep."""
+    parser = arguments(__doc__)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--images", type=int, default=8192, help="of the whole job")
+    options = parser.parse_args()
+    device = choose_devices(options.device)[0]
+    loaded = load_model(ModelSpec(name=MODEL, random_init=0))
+    finish("device_decode_precision", compare(loaded, device), options.save)
+    finish("device_decode_speed", rates(loaded, device, options.images), options.save)
+
+
+def compare(loaded: LoadedModel, device: torch.device) -> list[Row]:
+    """A row for each form of photographs: how many the device takes, and how far its pixels and embeddings are off."""
+    tower = ImageTower(loaded, device=device, precision="fp32")
+    decoder = DeviceDecoder(loaded.info.preprocess, device, max_pixels=MAX_PIXELS)
+    with tempfile.TemporaryDirectory() as folder:
+        tars = write_corpus(Path(folder), NUM_PHOTOGRAPHS, size=(800, 600))
+        drawn = _images(tars)
+    rows = [_row(form, [_encoded(data, **how) for data in drawn], decoder, tower) for form, how in FORMS.items()]
+    return [*rows, _row("as a corpus has them", drawn, decoder, tower)]
+
+
+def _row(form: str, images: Sequence[bytes], decoder: DeviceDecoder, tower: ImageTower) -> Row:
+    mine = [(data, size) for data in images if (size := decoder.size_of(data)) is not None]
+    found = np.zeros((len(mine), *decoder.preprocess.size, 3), np.uint8)
+    decoded, _ = decoder.decode([data for data, _ in mine], [size for _, size in mine], list(found))
+    expected = np.zeros_like(found)
+    for (data, _), pixels in zip(mine, expected, strict=True):
+        decode_image(data, decoder.preprocess, pixels)
+    done = np.flatnonzero(decoded)
+    deviation = np.abs(found[done].astype(np.int16) - expected[done])
+    return {
+        "photographs": form,
+        "device": str(decoder.device),
+        "images": len(images),
+        "for the device": len(mine),
+        "decoded": len(done),
+        "deviation of 255, mean": round(float(deviation.mean()), 4) if len(done) else "-",
+        "of the worst image": round(float(deviation.mean(axis=(1, 2, 3)).max()), 4) if len(done) else "-",
+        "largest": int(deviation.max()) if len(done) else "-",
+        "cosine, least": round(_least_cosine(tower, found[done], expected[done]), 6) if len(done) else "-",
+    }
+
+
+def _least_cosine(tower: ImageTower, found: UInt8Array, expected: UInt8Array) -> float:
+    return float((tower.encode(found).unit * tower.encode(expected).unit).sum(axis=1).min())
+
+
+def _images(tars: Sequence[str]) -> list[bytes]:
+    return [item.image for shard in list_shards(tars) for item in read_samples(shard) if isinstance(item, Sample)]
+
+
+def _encoded(data: bytes, mode: str = "RGB", size: tuple[int, int] = (500, 375), **options: Any) -> bytes:  # noqa: ANN401
+    """A photograph once more, at a size and in a form."""
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(data)) as image:
+        resized = image.convert(mode).resize(size, Image.Resampling.LANCZOS)
+    resized.save(buffer, "JPEG", **{"quality": 90, **options})
+    return buffer.getvalue()
+
+
+def rates(loaded: LoadedModel, device: torch.device, num_images: int) -> list[Row]:
+    """Images/s of the CPU's cores and of the device at several images a call; then of the whole job each way."""
+    rows: list[Row] = []
+    preprocess = loaded.info.preprocess
+    with tempfile.TemporaryDirectory() as folder:
+        for size, number in SIZES.items():
+            name = f"{size[0]}x{size[1]}"
+            tars = write_corpus(Path(folder) / name, min(number, num_images), size=size)
+            found = [measure_decode(tars, name, preprocess, num_cores())]
+            found += [measure_device_decode(tars, name, preprocess, device, chunk) for chunk in CHUNKS]
+            rows += [
+                {
+                    "what": "decode",
+                    "setting": one.setting,
+                    "images_per_s": round(one.images_per_s, 1),
+                    "note": f"{one.of_ceiling:.2f} of {one.ceiling}" + (f"; {one.note}" if one.note else ""),
+                }
+                for one in found
+            ]
+        tars = write_corpus(Path(folder) / "job", num_images)
+        for at, (way, how) in enumerate(WAYS if device.type == "cuda" else WAYS[:1]):
+            rows.append(_job(tars, Path(folder) / f"out_{at}", way, how, device))
+    return rows
+
+
+def _job(tars: Sequence[str], out: Path, way: str, how: str, device: torch.device) -> Row:
+    with sampling_utilisation(device) as samples:
+        summary = embed(
+            tars,
+            out,
+            model=MODEL,
+            random_init=0,
+            device=str(device),
+            decode=way,
+            preprocess=how,
+            on_plan=lambda plan: samples.clear(),
+        )
+    busy = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in summary.stages.busy.items())
+    return {
+        "what": "embed",
+        "setting": f"--decode {way} --preprocess {how}: {summary.decode} ({summary.decode_reason})",
+        "images_per_s": summary.images_per_s,
+        "note": f"{summary.decoded_on_device:,} of {summary.samples:,} on the device; {busy};"
+        f" {describe_utilisation(samples)}",
+    }
+
+
+if __name__ == "__main__":
+    main()
