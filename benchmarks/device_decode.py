@@ -3,8 +3,8 @@
 Right: the deviation of its pixels from the CPU's way, and the cosine of their embeddings, for photographs in each form
 that is for the device. Expected: within 2/255 for 4:4:4 and grey; for 4:2:0 at 500 x 375 up to 20/255 and 0.5 on
 average, since nvJPEG repeats chroma samples where libjpeg-turbo interpolates. Fast: by images a call and by size,
-beside the cores of the CPU; then the whole job each way. Nothing of this has been measured yet. `--device cpu` tries the
-script out.
+beside the cores of the CPU; then the whole job each way. Nothing of this has been measured yet. `--device cpu` tries
+the script out.
 """
 
 import io
