@@ -1,10 +1,14 @@
 """Directories of features before the projection, alone and beside those after it, and of plain backbones."""
 
+import json
+import logging
 import shutil
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from command_line import run_cli
 from corpus import encoded, labelled, picture, write_tar
 
 from clipindex import (
@@ -12,6 +16,7 @@ from clipindex import (
     compare_encoders,
     embed,
     evaluate_probe,
+    export_embeddings,
     few_shot_curve,
     read_embeddings,
     read_probe,
@@ -170,3 +175,73 @@ def test_a_few_shot_curve_before_the_projection_beside_zero_shot_after_it(folder
     assert curves[0].zero_shot == curves[1].zero_shot is not None
     assert curves[0].points != curves[1].points
     assert [curve.vectors for curve in curves] == ["projected", "pre-projection"]
+
+
+def test_rows_before_the_projection_that_are_not_their_images_are_found(folders, tmp_path):
+    shutil.copytree(folders / "both", tmp_path / "out")
+    path = min((tmp_path / "out" / "embeddings").glob("*.parquet"))
+    table = pq.read_table(path)
+    at = table.schema.get_field_index(PRE_PROJECTION)
+    rolled = table.column(at).take([len(table) - 1, *range(len(table) - 1)])
+    footer = {b"clipindex": pq.read_metadata(path).metadata[b"clipindex"]}
+    changed = table.set_column(at, table.schema.field(at), rolled).replace_schema_metadata(footer)
+    pq.write_table(changed, path, use_dictionary=False)
+    assert verify(tmp_path / "out").faults == []
+    found = verify(tmp_path / "out", deep=True, **HOW)
+    (fault,) = found.faults
+    assert fault.path == str(path)
+    assert "40 of 40 images embedded anew differ" in fault.what
+    assert found.least_cosine < 0.999
+
+
+def test_features_of_another_models_projection_are_refused(folders, tmp_path):
+    shutil.copytree(folders / "both", tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "dataset.json").read_bytes())
+    told["pre_projection"]["fingerprint"] = "0" * 64
+    (tmp_path / "out" / "dataset.json").write_text(json.dumps(told))
+    with pytest.raises(FingerprintError, match="fingerprint 000000000000"):
+        verify(tmp_path / "out", deep=True, **HOW)
+
+
+@pytest.mark.parametrize("form", ["npy", "parquet", "arrow"])
+def test_either_kind_is_exported(folders, tmp_path, form, caplog):
+    caplog.set_level(logging.INFO)
+    read = {
+        "npy": lambda out: np.concatenate([np.load(path) for path in sorted(out.glob("img_emb/*.npy"))]),
+        "parquet": lambda out: np.stack(pq.read_table(out)["embedding"].to_pylist()),
+        "arrow": lambda out: datasets.load_from_disk(out).with_format("numpy")["embedding"][:],
+    }[form]
+    norms = {
+        "npy": lambda out: pq.read_table(out / "metadata")["norm"],
+        "parquet": lambda out: pq.read_table(out)["norm"],
+        "arrow": lambda out: datasets.load_from_disk(out)["norm"],
+    }[form]
+    said = "the features before the projection are not exported; --pre-projection exports them"
+    for before, column in ((False, "embedding"), (True, PRE_PROJECTION)):
+        out = tmp_path / column
+        caplog.clear()
+        summary = export_embeddings(folders / "both", out, format=form, dtype="float32", pre_projection=before)
+        unit, lengths = vectors(folders / "both", column)
+        assert np.array_equal(read(out), unit.astype(np.float32))
+        assert np.array_equal(np.array(norms(out)), lengths)
+        assert summary.vectors == json.loads((out / "_export.json").read_bytes())["vectors"]
+        assert summary.vectors == ("pre-projection" if before else "projected")
+        assert (said in caplog.text) is not before
+    with pytest.raises(StoreError, match="holds another export"):
+        export_embeddings(folders / "both", tmp_path / "embedding", format=form, dtype="float32", pre_projection=True)
+
+
+def test_exporting_what_there_is_not(folders, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    for name in ("projected", "timm"):
+        done = run_cli("export", folders / name, tmp_path / "x", "--format", "npy", "--pre-projection")
+        assert done.returncode == 2
+        assert f"{folders / name} holds no features before a projection" in done.stderr
+    assert not (tmp_path / "x").exists()
+    # Where they are the only ones, they are meant in either case.
+    options = ("--format", "npy", "--pre-projection", "--json")
+    done = run_cli("export", folders / "pre-projection", tmp_path / "x", *options)
+    assert json.loads(done.stdout)["vectors"] == "pre-projection"
+    again = export_embeddings(folders / "pre-projection", tmp_path / "x", format="npy")
+    assert again.shards_done_before == again.shards == 2
+    assert "are not exported" not in caplog.text

@@ -20,9 +20,17 @@ if TYPE_CHECKING:
 @click.option("--dtype", type=click.Choice(["float16", "float32"]),
               help="Of the vectors.  [default: float32 of parquet, else that of DIR]")  # fmt: skip
 @click.option("--shards", multiple=True, metavar="NAME", help="Only this shard, or those like train-*; repeatable.")
+@click.option("--pre-projection", is_flag=True,
+              help="The features before the projection in the place of the embeddings.")  # fmt: skip
 @json_option
 def export_embeddings(
-    folder: Path, out: Path, form: str, dtype: str | None, shards: tuple[str, ...], as_json: bool
+    folder: Path,
+    out: Path,
+    form: str,
+    dtype: str | None,
+    shards: tuple[str, ...],
+    pre_projection: bool,
+    as_json: bool,
 ) -> None:
     """Write an embedding directory's rows for other tools.
 
@@ -40,6 +48,7 @@ def export_embeddings(
             format=form,
             dtype=dtype,
             shards=shards,
+            pre_projection=pre_projection,
             on_progress=lambda rows, total: report(rows, total, f"{rows:,} rows"),
         )
     print_result(summary, as_json, _lines)

@@ -3,6 +3,7 @@
 import fnmatch
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,12 +16,24 @@ from clipindex.atomic import create_exclusive, remove_stale_temporaries
 from clipindex.errors import StoreError, UsageError
 from clipindex.exchange import layouts
 from clipindex.exchange.layouts import Block, Part
-from clipindex.store import DTYPES, Dataset, ShardRecord, published_shards, read_dataset, read_embeddings
+from clipindex.store import (
+    DTYPES,
+    NORM_COLUMNS,
+    Dataset,
+    ShardRecord,
+    find_vectors,
+    published_shards,
+    read_dataset,
+    read_embeddings,
+)
+from clipindex.types import ModelInfo
+
+log = logging.getLogger(__name__)
 
 NOTE = "_export.json"
 """Says what a folder is an export of. Readers of a folder of Parquet pass over names that begin like this."""
 
-_COLUMNS = ("key", "norm", "label", "labels", "caption", "meta", "width", "height", "tar_offset", "tar_size")
+_COLUMNS = ("key", "label", "labels", "caption", "meta", "width", "height", "tar_offset", "tar_size")
 
 
 class _Layout(NamedTuple):
@@ -47,6 +60,8 @@ class ExportSummary:
     model: str
     fingerprint: str
     """Of the model; no other tool will keep it with the vectors."""
+    vectors: str
+    """As `ModelInfo.features`."""
     shards: int
     shards_done_before: int
     """By an earlier run that was stopped."""
@@ -64,6 +79,7 @@ def export_embeddings(
     format: str,
     dtype: str | None = None,
     shards: Sequence[str] = (),
+    pre_projection: bool = False,
     on_progress: Callable[[int, int], None] = lambda rows, total: None,
 ) -> ExportSummary:
     """Write an embedding directory's rows for other tools, a file or a pair of files a shard.
@@ -78,10 +94,11 @@ def export_embeddings(
         dtype: Of the vectors: 'float16' or 'float32'. By default the directory's own; of 'parquet' float32, which more
             readers know.
         shards: Names of shards, or patterns of names; all by default.
+        pre_projection: Write the features before the projection, and their norms, in the place of the embeddings.
         on_progress: Called with rows written or found, of how many.
 
     Raises:
-        UsageError: No such format or dtype, or no such shard.
+        UsageError: No such format or dtype, no such shard, or no features before a projection.
         StoreError: The directory is none, is damaged or has no rows; or `out` holds something else.
     """
     started = time.perf_counter()
@@ -90,23 +107,25 @@ def export_embeddings(
     if dtype not in (None, *DTYPES):
         raise UsageError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     dataset = read_dataset(folder)
+    model = _model(folder, dataset, pre_projection)
+    vectors = find_vectors(Path(folder), dataset, model)
     chosen = dtype or ("float32" if format == "parquet" else dataset.dtype)
     records = _chosen(published_shards(folder), shards)
     filled = [record for record in records if record.rows]
     if not filled:
         raise StoreError(f"{folder} has no rows to export")
-    _claim(Path(out), dataset, filled, format, chosen)
+    _claim(Path(out), model, filled, format, chosen)
     layout = _LAYOUTS[format]
     total, rows, done_before = sum(record.rows for record in filled), 0, 0
     parts = [
-        Part(name=record.name, number=at, of=len(filled), rows=record.rows, dim=dataset.model.dim, dtype=chosen)
+        Part(name=record.name, number=at, of=len(filled), rows=record.rows, dim=model.dim, dtype=chosen)
         for at, record in enumerate(filled)
     ]
     for part, record in zip(parts, filled, strict=True):
         if all((Path(out) / path).exists() for path in layout.paths(part)):
             done_before += 1
         else:
-            layout.write(Path(out), part, _blocks(folder, record, rows, total, on_progress))
+            layout.write(Path(out), part, _blocks(folder, record, vectors, rows, total, on_progress))
         rows += part.rows
         on_progress(rows, total)
     if format == "arrow":
@@ -116,14 +135,29 @@ def export_embeddings(
         out=str(out),
         format=format,
         dtype=chosen,
-        model=dataset.model.spec.name,
-        fingerprint=dataset.model.fingerprint,
+        model=model.spec.name,
+        fingerprint=model.fingerprint,
+        vectors=model.features,
         shards=len(filled),
         shards_done_before=done_before,
         shards_empty=len(records) - len(filled),
         rows=rows,
         seconds=round(time.perf_counter() - started, 3),
     )
+
+
+def _model(folder: str | Path, dataset: Dataset, pre_projection: bool) -> ModelInfo:
+    """Of the vectors that are exported."""
+    if not pre_projection:
+        if dataset.pre_projection is not None:
+            log.info("%s: the features before the projection are not exported; --pre-projection exports them", folder)
+        return dataset.model
+    before = dataset.before_projection()
+    if before is None:
+        raise UsageError(
+            f"{folder} holds no features before a projection; embed with --features both, or leave --pre-projection out"
+        )
+    return before
 
 
 def _chosen(published: dict[str, ShardRecord], patterns: Sequence[str]) -> list[ShardRecord]:
@@ -136,7 +170,7 @@ def _chosen(published: dict[str, ShardRecord], patterns: Sequence[str]) -> list[
     return [record for name, record in published.items() if name in wanted or not patterns]
 
 
-def _claim(out: Path, dataset: Dataset, records: Sequence[ShardRecord], form: str, dtype: str) -> None:
+def _claim(out: Path, model: ModelInfo, records: Sequence[ShardRecord], form: str, dtype: str) -> None:
     """Make a folder the home of this export, or check that it is already."""
     if out.exists() and not out.is_dir():
         raise StoreError(f"{out} is a file; an export goes into a folder")
@@ -144,8 +178,9 @@ def _claim(out: Path, dataset: Dataset, records: Sequence[ShardRecord], form: st
     note = {
         "format": form,
         "dtype": dtype,
-        "model": asdict(dataset.model.spec),
-        "fingerprint": dataset.model.fingerprint,
+        "model": asdict(model.spec),
+        "fingerprint": model.fingerprint,
+        "vectors": model.features,
         "shards": len(records),
         "rows": sum(record.rows for record in records),
         "records": hashlib.sha256(content.encode()).hexdigest(),
@@ -165,10 +200,16 @@ def _claim(out: Path, dataset: Dataset, records: Sequence[ShardRecord], form: st
 
 
 def _blocks(
-    folder: str | Path, record: ShardRecord, before: int, total: int, on_progress: Callable[[int, int], None]
+    folder: str | Path,
+    record: ShardRecord,
+    vectors: str,
+    before: int,
+    total: int,
+    on_progress: Callable[[int, int], None],
 ) -> Iterator[Block]:
     """A shard's rows, `before` having come before; which shard it is, and which tar, goes with each of them."""
-    for batch in read_embeddings(folder, _COLUMNS, [record.name]):
+    norm = NORM_COLUMNS[vectors]
+    for batch in read_embeddings(folder, (*_COLUMNS, norm), [record.name], vectors):
         count = len(batch.embedding)
         if batch.shard != record:
             raise StoreError(f"shard {record.name} was made anew while it was exported; export into a new folder")
@@ -182,5 +223,5 @@ def _blocks(
         }
         if record.is_imported:
             whence |= {"tar_url": pa.nulls(count, pa.string()), "tar_size": pa.nulls(count, pa.int64())}
-        yield Block(batch.embedding, {**batch.columns, **whence})
+        yield Block(batch.embedding, {**batch.columns, "norm": batch.columns[norm], **whence})
         on_progress(before + batch.first_row + count, total)

@@ -3,7 +3,7 @@
 Keys and labels of all directories are in memory meanwhile, some tens of bytes a row; embeddings are not read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from clipindex.errors import ClassesError, StoreError
 from clipindex.probing.rows import Ids, Labels, Part
-from clipindex.store import read_columns, read_dataset
+from clipindex.probing.stored import read_stored
 
 NUM_NAMED = 5
 """Keys that are named of those that are not common."""
@@ -50,8 +50,8 @@ class Joined:
     """Of these rows, in that order; `folder` is the first directory."""
     rows: tuple[Ids, ...]
     """For each directory, the number of each of these rows in it."""
-    shards: tuple[tuple[str, ...], ...]
-    """Of each directory."""
+    shards: tuple[Mapping[str, str], ...]
+    """Of each directory, and in what state they were read."""
     sides: tuple[Side, ...]
     unlabelled: int
     """Rows that all directories have and none has a label of: they are left out."""
@@ -79,7 +79,8 @@ class _Stored:
     """Keys and labels of one directory."""
 
     folder: Path
-    shards: tuple[str, ...]
+    shards: Mapping[str, str]
+    """Which, and in what state they were read."""
     sizes: tuple[int, ...]
     keys: pa.ChunkedArray
     labels: Ids
@@ -90,12 +91,12 @@ class _Stored:
         """What tells each row from the others."""
         if by == BY_KEY:
             return self.keys
-        shards = pa.array(self.shards, pa.large_string()).take(np.repeat(np.arange(len(self.shards)), self.sizes))
+        shards = pa.array(list(self.shards), pa.large_string()).take(np.repeat(np.arange(len(self.shards)), self.sizes))
         joined = pc.binary_join_element_wise(shards, self.keys.combine_chunks(), pa.scalar("/", pa.large_string()))
         return pa.chunked_array([joined])
 
     def shard_of(self, row: int) -> str:
-        return self.shards[int(np.searchsorted(np.cumsum(self.sizes), row, "right"))]
+        return list(self.shards)[int(np.searchsorted(np.cumsum(self.sizes), row, "right"))]
 
 
 def join(folders: Sequence[Path]) -> Joined:
@@ -134,7 +135,7 @@ def join(folders: Sequence[Path]) -> Joined:
     return Joined(
         by=by,
         labels=Labels(
-            folder=stored[0].folder, shards=(), labels=labels[chosen], is_labelled=np.ones(len(chosen), np.bool_)
+            folder=stored[0].folder, shards={}, labels=labels[chosen], is_labelled=np.ones(len(chosen), np.bool_)
         ),
         rows=tuple(own[chosen] for own in rows),
         shards=tuple(one.shards for one in stored),
@@ -144,24 +145,17 @@ def join(folders: Sequence[Path]) -> Joined:
 
 
 def _read(folder: Path) -> _Stored:
-    read_dataset(folder)
-    sizes: dict[str, int] = {}
-    keys: list[pa.Array] = []
-    labels, masks = [np.empty(0, np.int64)], [np.empty(0, np.bool_)]
-    for name, columns in read_columns(folder, ("key", "label")):
-        sizes[name] = sizes.get(name, 0) + len(columns["key"])
-        keys.append(columns["key"].cast(pa.large_string()))
-        labels.append(columns["label"].fill_null(0).to_numpy().astype(np.int64))
-        masks.append(np.asarray(columns["label"].is_valid()).astype(np.bool_))
-    if not sum(sizes.values()):
+    stored = read_stored(folder, ("key", "label"))
+    if not sum(stored.sizes):
         raise StoreError(f"{folder} has no rows: nothing is published in it; embed first")
+    labels, is_labelled = stored.numbers("label")
     return _Stored(
         folder=folder,
-        shards=tuple(sizes),
-        sizes=tuple(sizes.values()),
-        keys=pa.chunked_array(keys, pa.large_string()),
-        labels=np.concatenate(labels),
-        is_labelled=np.concatenate(masks),
+        shards=stored.states,
+        sizes=stored.sizes,
+        keys=stored.columns["key"].cast(pa.large_string()),
+        labels=labels,
+        is_labelled=is_labelled,
     )
 
 

@@ -3,19 +3,21 @@
 Rows are taken as others are, with the number of a row among those with a list in the place of its class.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 
 from clipindex.errors import ClassesError
 from clipindex.logistic import ClassLists
 from clipindex.multi_label import unpack_labels
 from clipindex.probing.rows import Ids, Part
-from clipindex.store import read_columns, read_dataset
+from clipindex.probing.stored import read_stored
+from clipindex.store import LABELS_TYPE
 
 LISTS_COLUMN = "labels"
 
@@ -25,7 +27,8 @@ class ListedLabels:
     """The lists of a directory, shard by shard in name order."""
 
     folder: Path
-    shards: tuple[str, ...]
+    shards: Mapping[str, str]
+    """Which, and in what state they were read."""
     is_labelled: npt.NDArray[np.bool_]
     """[rows]; a list may be empty."""
     rows: Ids
@@ -47,25 +50,17 @@ def read_all_lists(folder: str | Path) -> ListedLabels:
         StoreError: A file is damaged.
     """
     folder = Path(folder)
-    read_dataset(folder)
-    shards: dict[str, None] = {}
-    masks, rows, labels = [np.empty(0, np.bool_)], [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    count = 0
-    for name, columns in read_columns(folder, ("key", LISTS_COLUMN)):
-        found = unpack_labels(columns[LISTS_COLUMN])
-        shards[name] = None
-        masks.append(found.is_labelled)
-        rows.append((np.cumsum(found.is_labelled) - 1)[found.rows] + count)
-        labels.append(found.classes)
-        count += int(found.is_labelled.sum())
+    stored = read_stored(folder, (LISTS_COLUMN,))
+    large = pa.large_list(LABELS_TYPE.value_field)  # entries of all rows may be more than 32 bits count
+    found = unpack_labels(stored.columns[LISTS_COLUMN].cast(large).combine_chunks())
     listed = ListedLabels(
         folder=folder,
-        shards=tuple(shards),
-        is_labelled=np.concatenate(masks),
-        rows=np.concatenate(rows),
-        labels=np.concatenate(labels),
+        shards=stored.states,
+        is_labelled=found.is_labelled,
+        rows=(np.cumsum(found.is_labelled) - 1)[found.rows],
+        labels=found.classes,
     )
-    if not count:
+    if not listed.is_labelled.any():
         raise ClassesError(
             f"{folder}: none of {len(listed.is_labelled):,} rows has a list of labels; such lists come from .npy"
             " multi-hots or JSON lists in the tars"

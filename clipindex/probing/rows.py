@@ -4,7 +4,7 @@ Labels are kept in any case, eight bytes a row; an embedding of 512 half floats 
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ import torch
 from clipindex.devices import machine_memory_bytes
 from clipindex.errors import ClassesError, StoreError, UsageError
 from clipindex.logistic import Block, Passes
-from clipindex.store import DTYPES, NORM_COLUMNS, EmbeddingBatch, read_columns, read_dataset, read_embeddings
+from clipindex.probing.stored import check_unchanged, read_stored
+from clipindex.store import DTYPES, NORM_COLUMNS, EmbeddingBatch, read_dataset, read_embeddings
 from clipindex.threads import prefetch
 
 Ids = npt.NDArray[np.int64]
@@ -38,7 +39,8 @@ class Labels:
     """The labels of a directory, shard by shard in name order."""
 
     folder: Path
-    shards: tuple[str, ...]
+    shards: Mapping[str, str]
+    """Which, and in what state they were read."""
     labels: Ids
     """[rows], 0 where there is none."""
     is_labelled: npt.NDArray[np.bool_]
@@ -55,7 +57,8 @@ class Part:
     """Rows of one directory that are taken, with their classes."""
 
     folder: Path
-    shards: tuple[str, ...]
+    shards: Mapping[str, str]
+    """Which, and in what state their labels were read: they must be in it whenever their vectors are."""
     class_ids: Ids
     """For each row of these shards, -1 where it is not taken."""
     vectors: str = "embedding"
@@ -73,20 +76,9 @@ def read_all_labels(folder: str | Path, column: str = LABEL_COLUMN) -> Labels:
     if column != LABEL_COLUMN:
         raise UsageError(f"--label {column}: the column of class labels is {LABEL_COLUMN!r}, that of lists 'labels'")
     folder = Path(folder)
-    read_dataset(folder)
-    shards: dict[str, None] = {}
-    labels, masks = [np.empty(0, np.int64)], [np.empty(0, np.bool_)]
-    for name, columns in read_columns(folder, ("label",)):
-        column_labels = columns["label"]
-        shards[name] = None
-        labels.append(column_labels.fill_null(0).to_numpy().astype(np.int64))
-        masks.append(np.asarray(column_labels.is_valid()))
-    found = Labels(
-        folder=folder,
-        shards=tuple(shards),
-        labels=np.concatenate(labels),
-        is_labelled=np.concatenate(masks).astype(np.bool_),
-    )
+    stored = read_stored(folder, ("label",))
+    labels, is_labelled = stored.numbers("label")
+    found = Labels(folder=folder, shards=stored.states, labels=labels, is_labelled=is_labelled)
     if not found.is_labelled.any():
         raise ClassesError(
             f"{folder}: none of {len(found.labels):,} rows has a label; a probe learns from labels, which come from"
@@ -179,7 +171,10 @@ class Streamed:
         return held
 
     def _read(self, chosen: Ids | None) -> Iterator[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
-        """Stored embeddings [n, D], norms [n] for raw features, class ids [n]."""
+        """Stored embeddings [n, D], norms [n] for raw features, class ids [n].
+
+        What was yielded counts only once all is: shards may be replaced until the last row of them is read.
+        """
         is_chosen: npt.NDArray[np.bool_] | None = None
         if chosen is not None:
             is_chosen = np.zeros(len(self.class_ids), np.bool_)
@@ -189,7 +184,8 @@ class Streamed:
             row = 0
             norm = NORM_COLUMNS[part.vectors] if self._features == "raw" else None
             columns = () if norm is None else (norm,)
-            batches = prefetch(read_embeddings(part.folder, columns, part.shards, part.vectors), _BATCHES_AHEAD)
+            check_unchanged(part.folder, part.shards)
+            batches = prefetch(read_embeddings(part.folder, columns, tuple(part.shards), part.vectors), _BATCHES_AHEAD)
             with contextlib.closing(batches):
                 for batch in batches:
                     ids = part.class_ids[row : row + len(batch.embedding)]
@@ -202,8 +198,8 @@ class Streamed:
                         break
                     if len(wanted):
                         yield (*_values(batch, norm, wanted, part.folder), torch.from_numpy(ids[wanted]))
-            if row != len(part.class_ids):
-                raise StoreError(f"{part.folder} changed while it was read; run again when nothing writes to it")
+            check_unchanged(part.folder, part.shards)
+            assert row == len(part.class_ids)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -250,18 +250,21 @@ def read_columns(
         names: Shards to read; all published ones by default.
 
     Raises:
-        StoreError: A file is damaged, or not of clipindex.
+        StoreError: A file is damaged, not of clipindex, or not of such a directory.
     """
     embeddings = Path(folder) / "embeddings"
+    dataset = read_dataset(folder)
     for name in names if names is not None else sorted(path.stem for path in embeddings.glob("[!.]*.parquet")):
-        read_record(embeddings / f"{name}.parquet")  # refuses what is not ours, which may lack the columns
-        with _open_parquet(embeddings / f"{name}.parquet") as file:
+        path = embeddings / f"{name}.parquet"
+        read_record(path)  # refuses what is not ours
+        with _open_parquet(path) as file:
             try:
+                _check_schema(path, file, dataset)
                 present = _present(file, columns)
                 for batch in file.iter_batches(ROW_GROUP_ROWS, columns=present):
                     yield name, _arrays(batch, columns)
             except _DAMAGE as error:
-                raise _damaged(embeddings / f"{name}.parquet", error) from None
+                raise _damaged(path, error) from None
 
 
 def _read_file(
@@ -294,15 +297,19 @@ def _present(file: pq.ParquetFile, columns: Sequence[str]) -> list[str]:
 
 
 def _arrays(batch: pa.RecordBatch, columns: Sequence[str]) -> dict[str, pa.Array]:
-    missing = pa.nulls(batch.num_rows, LABELS_TYPE) if "labels" in columns else None
-    return {column: batch.column(column) if column in batch.schema.names else missing for column in columns}
+    found = {column: batch.column(column) for column in columns if column in batch.schema.names}
+    return {"labels": pa.nulls(batch.num_rows, LABELS_TYPE), **found} if "labels" in columns else found
 
 
-def _map_vectors(path: Path, file: pq.ParquetFile, dataset: Dataset, column: str = "embedding") -> MappedVectors:
+def _check_schema(path: Path, file: pq.ParquetFile, dataset: Dataset) -> None:
     schema = embedding_schema(dataset)
     if not (file.schema_arrow.equals(schema) or file.schema_arrow.equals(schema.remove(schema.names.index("labels")))):
         before = "" if dataset.pre_projection is None else f" and {dataset.pre_projection.dim}-d pre-projection"
         raise StoreError(f"{path}: columns are not those of {dataset.model.dim}-d{before} {dataset.dtype} embeddings")
+
+
+def _map_vectors(path: Path, file: pq.ParquetFile, dataset: Dataset, column: str = "embedding") -> MappedVectors:
+    _check_schema(path, file, dataset)
     return MappedVectors(path, file, dataset.dtype, column)
 
 

@@ -12,7 +12,7 @@ from clipindex.devices import choose_device, choose_precision
 from clipindex.encode import ImageTower
 from clipindex.errors import StoreError
 from clipindex.models import load_model_of
-from clipindex.store import Dataset, ShardRecord, read_dataset, read_record
+from clipindex.store import Dataset, ShardRecord, check_fingerprint, read_dataset, read_record
 from clipindex.types import ModelSpec
 from clipindex.verification.faults import Fault, fault_of
 from clipindex.verification.index import check_index
@@ -39,7 +39,7 @@ class VerifySummary:
     embedded_again: int
     """Rows drawn at random whose images were cut out of their tars and embedded anew."""
     least_cosine: float | None
-    """Of those with what is stored."""
+    """Of those with what is stored, in whichever column of vectors."""
     seed: int
     """Of the drawing: other rows each time, unless it is given."""
     faults: list[Fault]
@@ -69,7 +69,8 @@ def verify(
         folder: The embedding directory.
         sources: Tars that must all be there, as for `embed_job.embed`; without them, nobody can know what is missing.
         deep: Read the tars again as well: each sample must be at its place as a row or a reject, with its label,
-            texts and offset; and `sample` rows are embedded anew. Imported shards have no tar, which is noted.
+            texts and offset; and `sample` rows are embedded anew, for all columns of vectors. Imported shards have no
+            tar, which is noted.
         sample: Rows, drawn at random over all shards.
         seed: Of the drawing.
         model: How to load the model, where the directory's record does not lead to its weights on this machine.
@@ -132,8 +133,11 @@ def verify(
 
 def _encoder(folder: Path, dataset: Dataset, model: ModelSpec | None, device: str, precision: str) -> ImageTower:
     loaded = load_model_of(folder, dataset.model, model)
+    both = dataset.pre_projection is not None
+    if dataset.pre_projection is not None:
+        check_fingerprint(folder, dataset.pre_projection, loaded.before_projection())
     chosen = choose_device(device)
-    return ImageTower(loaded, device=chosen, precision=choose_precision(precision, chosen))
+    return ImageTower(loaded, device=chosen, precision=choose_precision(precision, chosen), with_pre_projection=both)
 
 
 def _notes(folder: Path, records: list[ShardRecord]) -> list[str]:

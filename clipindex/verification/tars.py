@@ -10,7 +10,7 @@ import pyarrow as pa
 from clipindex.decode import decode_image
 from clipindex.errors import SampleError, ShardError, SourceError, StoreError
 from clipindex.shards import list_shards, read_samples
-from clipindex.store import Dataset, ShardRecord, read_embeddings, read_rejects
+from clipindex.store import PRE_PROJECTION, Dataset, ShardRecord, read_embeddings, read_rejects
 from clipindex.types import ImageEncoder, Reject, Sample, Shard, UInt8Array
 from clipindex.urls import read_range, stat_source
 from clipindex.verification.faults import REFRESH, Fault
@@ -30,25 +30,28 @@ class Anew:
         self.rows = rows
         """Row numbers of the shard in hand."""
         self._pixels: list[UInt8Array] = []
-        self._stored: list[np.ndarray[Any, Any]] = []
+        self._stored: list[list[np.ndarray[Any, Any]]] = []
         self._cosines: list[float] = []
 
-    def add(self, pixels: UInt8Array, stored: np.ndarray[Any, Any]) -> None:
-        """Take a row's pixels [H, W, 3], and its stored embedding [D]."""
+    def add(self, pixels: UInt8Array, stored: list[np.ndarray[Any, Any]]) -> None:
+        """Take a row's pixels [H, W, 3], and its stored vectors: of all kinds that the encoder gives, in its order."""
         self._pixels.append(pixels)
-        self._stored.append(stored.astype(np.float32))
+        self._stored.append([vector.astype(np.float32) for vector in stored])
         if len(self._pixels) == AT_ONCE:
             self._flush()
 
     def cosines(self) -> list[float]:
-        """Of what was added."""
+        """Of what was added, each the lesser where a row has two vectors."""
         self._flush()
         return self._cosines
 
     def _flush(self) -> None:
         if self._pixels:
             anew = self.encoder.encode(np.stack(self._pixels))
-            self._cosines += np.einsum("nd,nd->n", anew.unit, np.stack(self._stored)).tolist()
+            kinds = [anew] if anew.pre_projection is None else [anew, anew.pre_projection]
+            stored = zip(*self._stored, strict=True)
+            cosines = [np.einsum("nd,nd->n", one.unit, np.stack(of)) for one, of in zip(kinds, stored, strict=True)]
+            self._cosines += np.min(cosines, axis=0).tolist()
         self._pixels, self._stored = [], []
 
 
@@ -93,7 +96,7 @@ def _compare(folder: Path, shard: Shard, record: ShardRecord, dataset: Dataset, 
         path = folder / "embeddings" / f"{record.name}.parquet"
         return Fault(path=str(path), what=what, remedy=f"delete {path.name} and embed {record.url} again")
 
-    rows, rejects = _rows(folder, record), iter(read_rejects(folder, record.name)["key"].to_pylist())
+    rows, rejects = _rows(folder, record, dataset), iter(read_rejects(folder, record.name)["key"].to_pylist())
     row, reject = next(rows, None), next(rejects, None)
     breaks: list[str] = []
     for item in _until_it_breaks(shard, breaks):
@@ -125,10 +128,14 @@ def _until_it_breaks(shard: Shard, breaks: list[str]) -> Iterator[Sample | Rejec
         breaks.append(str(error))
 
 
-def _rows(folder: Path, record: ShardRecord) -> Iterator[dict[str, Any]]:
-    for batch in read_embeddings(folder, COLUMNS, [record.name]):
+def _rows(folder: Path, record: ShardRecord, dataset: Dataset) -> Iterator[dict[str, Any]]:
+    before = dataset.pre_projection
+    for batch in read_embeddings(folder, COLUMNS if before is None else (*COLUMNS, PRE_PROJECTION), [record.name]):
+        vectors = [batch.embedding]
+        if before is not None:
+            vectors.append(batch.columns.pop(PRE_PROJECTION).flatten().to_numpy().reshape(-1, before.dim))
         for at, row in enumerate(pa.table(batch.columns).to_pylist()):
-            yield {**row, "row": batch.first_row + at, "embedding": batch.embedding[at]}
+            yield {**row, "row": batch.first_row + at, "vectors": [kind[at] for kind in vectors]}
 
 
 def _differences(found: dict[str, Any], item: Sample | Reject) -> list[str]:
@@ -161,7 +168,7 @@ def _embed_anew(
         return
     if size != (found["width"], found["height"]):
         yield f"{where}: its image is {size[0]} x {size[1]} pixels, not {found['width']} x {found['height']}"
-    anew.add(pixels, found["embedding"])
+    anew.add(pixels, found["vectors"])
 
 
 def unlike_anew(folder: Path, record: ShardRecord, anew: Anew) -> Iterator[Fault]:
