@@ -11,7 +11,7 @@ Equal scores keep the order of their rows. CLIP_benchmark leaves theirs to an un
 second run repeats, and it knows nothing of the truth.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
 from typing import NamedTuple, TypeVar
 
@@ -23,6 +23,8 @@ from clipindex.threads import map_in_order, num_cores
 from clipindex.types import Float32Array, IntArray
 
 Item = TypeVar("Item")
+Given = TypeVar("Given")
+Result = TypeVar("Result")
 
 BLOCK_SCORES = 1 << 22
 """Of a block, 16 MiB, with four times as much beside it while negatives are placed."""
@@ -115,6 +117,8 @@ def measure_average_precision(
     begin_pass: Callable[[], Iterable[Item]],
     score: Callable[[Item], ScoreBlock],
     on_rows: Callable[[int], None] = lambda rows: None,
+    *,
+    one_by_one: bool = False,
 ) -> AveragePrecision:
     """Go over rows twice, one block a core.
 
@@ -123,6 +127,7 @@ def measure_average_precision(
         begin_pass: Begins a pass over all rows, in the same blocks each time.
         score: What the rows of a block have in all classes; the same each time, to the last bit.
         on_rows: Called with the number of rows that were looked at, twice each.
+        one_by_one: One block at a time instead, in the caller's thread: for scores of a GPU, whose memory blocks share.
 
     Raises:
         StoreError: The passes differ.
@@ -135,7 +140,7 @@ def measure_average_precision(
     starts = [0]
     nothing = np.empty(0, np.int64)
     kept: list[tuple[IntArray, IntArray, Float32Array]] = [(nothing, nothing, np.empty(0, np.float32))]
-    for count, classes, rows, scores in map_in_order(positives, begin_pass(), num_cores()):
+    for count, classes, rows, scores in _in_order(positives, begin_pass(), one_by_one):
         kept.append((classes, rows + starts[-1], scores))
         starts.append(starts[-1] + count)
         on_rows(starts[-1])
@@ -154,11 +159,15 @@ def measure_average_precision(
 
     done = starts[-1]
     numbered = zip_longest(starts[:-1], begin_pass())
-    for places, counts, size in map_in_order(place, numbered, num_cores()):
+    for places, counts, size in _in_order(place, numbered, one_by_one):
         found.count(places, counts)
         done += size
         on_rows(done)
     return found
+
+
+def _in_order(function: Callable[[Given], Result], items: Iterable[Given], one_by_one: bool) -> Iterator[Result]:
+    return map(function, items) if one_by_one else map_in_order(function, items, num_cores())
 
 
 def _place(falling: Float32Array, ordered: Float32Array) -> tuple[IntArray, IntArray, Float32Array]:

@@ -37,19 +37,21 @@ def parse_label(name: str, text: str) -> int | tuple[int, ...]:
     try:
         label = int(text)
     except ValueError:
-        raise ValueError(f"{name}: {text[:40]!r} is no integer label") from None
+        raise ValueError(f"{name}: {text[:40]!r} is no integer label or a list as [3,5]") from None
     if label not in _LABEL_RANGE:
         raise ValueError(f"{name}: label {label} does not fit 32 bits")
     return label
 
 
 def parse_list(name: str, text: str) -> tuple[int, ...] | None:
-    """The class numbers of a `.json` member that is a list of them; None of any other, which is metadata."""
+    """The class numbers of a `.json` member that is a list of them, each once; None of any other, which is metadata."""
     if text.lstrip()[:1] != "[":
         return None
     found = _integers(text)
+    if found is None or len(set(found)) < len(found):  # nobody lists a class twice: a multi-hot, say, or a box
+        return None
     try:
-        return None if found is None else class_set(found, name)
+        return class_set(found, name)
     except ValueError:  # whatever the numbers are, they are no classes
         return None
 

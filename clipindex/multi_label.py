@@ -1,5 +1,6 @@
 """Rows with any number of classes: their lists out of the store, and how well scores rank them."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from clipindex.errors import ClassesError
 from clipindex.index.exact import widened
 from clipindex.store import read_columns, read_embeddings
 from clipindex.types import Float32Array, IntArray
+
+log = logging.getLogger(__name__)
 
 
 class LabelLists(NamedTuple):
@@ -37,25 +40,30 @@ def unpack_labels(column: pa.ListArray) -> LabelLists:
     )
 
 
-def check_labels(folder: Path, shards: Sequence[str] | None, num_classes: int) -> int:
-    """Refuse labels beyond the classes, single ones and those in lists.
+def check_labels(folder: Path, shards: Sequence[str] | None, num_classes: int) -> tuple[int, str | None]:
+    """Refuse single labels beyond the classes; warn of lists with such, since a list may be of something else.
 
     Returns:
-        How many rows have lists.
+        How many rows have lists, and why they cannot be ranked, if they cannot.
 
     Raises:
-        ClassesError: A label is beyond; the first one is named.
+        ClassesError: A single label is beyond; the first one is named.
         StoreError: A file is damaged.
     """
     multi_labelled = 0
+    fault: str | None = None
     for name, columns in read_columns(folder, ("key", "label", "labels"), shards):
         values = columns["label"].fill_null(0).to_numpy()
-        _check_range(name, columns["key"], np.arange(len(values)), values, num_classes)
+        beyond = _first_beyond(name, columns["key"], np.arange(len(values)), values, num_classes)
+        if beyond is not None:
+            raise ClassesError(f"{beyond}; give the class file that the labels count in")
         if columns["labels"].null_count < len(values):
             lists = unpack_labels(columns["labels"])
-            _check_range(name, columns["key"], lists.rows, lists.classes, num_classes)
+            fault = fault or _first_beyond(name, columns["key"], lists.rows, lists.classes, num_classes)
             multi_labelled += int(lists.is_labelled.sum())
-    return multi_labelled
+    if fault is not None:
+        log.warning("mAP is left out, since not all lists are of these classes: %s", fault)
+    return multi_labelled, fault
 
 
 def class_average_precision(
@@ -94,12 +102,13 @@ def _labelled(folder: Path, shards: Sequence[str], at_once: int) -> Iterator[tup
             yield batch.embedding[rows], unpack_labels(column.take(pa.array(rows)))
 
 
-def _check_range(
+def _first_beyond(
     shard: str, keys: pa.StringArray, rows: np.ndarray[Any, Any], values: np.ndarray[Any, Any], num_classes: int
-) -> None:
+) -> str | None:
     beyond = np.flatnonzero((values < 0) | (values >= num_classes))
-    if len(beyond):
-        raise ClassesError(
-            f"label {values[beyond[0]]} of key {keys[int(rows[beyond[0]])].as_py()!r} (shard {shard}) is beyond the"
-            f" {num_classes} classes (ids 0 to {num_classes - 1}); give the class file that the labels count in"
-        )
+    if not len(beyond):
+        return None
+    return (
+        f"label {values[beyond[0]]} of key {keys[int(rows[beyond[0]])].as_py()!r} (shard {shard}) is beyond the"
+        f" {num_classes} classes (ids 0 to {num_classes - 1})"
+    )

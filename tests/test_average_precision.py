@@ -1,3 +1,5 @@
+import threading
+
 import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
@@ -76,6 +78,19 @@ def test_passes_that_differ_are_noticed():
 
         with pytest.raises(StoreError, match="changed while they were read"):
             measure_average_precision(4, begin, lambda block: block)
+
+
+def test_one_by_one_it_is_the_same_in_the_callers_thread():
+    scores, truth = drawn(700, 9, 3)
+    threads = set()
+
+    def score(block):
+        threads.add(threading.get_ident())
+        return block
+
+    found = measure_average_precision(9, lambda: blocks(scores, truth, 100), score, one_by_one=True)
+    assert threads == {threading.get_ident()}
+    assert (found.per_class() == measured(scores, truth).per_class()).all()
 
 
 def test_progress_is_of_both_passes():

@@ -57,6 +57,7 @@ def test_a_later_version_of_the_format(tmp_path):
         ([("k.json", b"[2, 5]")], None, (2, 5), "[2, 5]"),
         ([("k.json", b'{"x": [1]}')], None, None, '{"x": [1]}'),
         ([("k.json", b'[{"x": 1}]')], None, None, '[{"x": 1}]'),
+        ([("k.json", b"[0, 0, 1, 0, 1]")], None, None, "[0, 0, 1, 0, 1]"),
         ([("k.json", b"[1, true]")], None, None, "[1, true]"),
         ([("k.json", b"[1, ")], None, None, "[1, "),
         ([("k.json", b"[" * 100_000)], None, None, "[" * 100_000),

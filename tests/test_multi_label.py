@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -93,6 +94,7 @@ def test_zero_shot_average_precision_is_that_of_sorting_all_cosines(digits, tmp_
     vectors, truth = labelled_rows(digits)
     expected = by_sorting(vectors @ class_vectors().T, truth)
     assert found.multi_labelled == len(truth) > 100
+    assert found.no_average_precision is None
     assert told[-1] == 2 * len(truth)
     np.testing.assert_allclose([row["average_precision"] for row in found.average_precision], expected, atol=1e-3)
     assert found.mean_average_precision == pytest.approx(expected.mean(), abs=1e-4)
@@ -114,10 +116,48 @@ def test_single_labels_are_not_ranked(tmp_path):
     assert (found.multi_labelled, found.mean_average_precision, found.average_precision, told) == (0, None, [], [])
 
 
-def test_a_class_beyond_the_names_is_named(digits, tmp_path):
-    with pytest.raises(ClassesError, match=r"label \d+ of key '\d{5}' .* is beyond the 3 classes"):
-        classify(digits, classes=NAMES[:3], out=tmp_path / "p", **HERE)
+def embed_members(folder, members):
+    """A directory of small images with a member each, and the source tars."""
+    images = [sample.image for sample in read_samples(list_shards(str(DIGITS))[0])]
+    pairs = [[(f"k{at}.png", images[at]), (f"k{at}.{end}", text)] for at, (end, text) in enumerate(members)]
+    write_tar(folder / "t.tar", [one for pair in pairs for one in pair])
+    embed(str(folder / "t.tar"), folder / "d", model="demo", batch_size=8, **HERE)
+    return folder / "d"
+
+
+def test_a_single_label_beyond_the_names_is_named(tmp_path):
+    # Whatever lists are beside it.
+    folder = embed_members(tmp_path, [("json", b"[10, 20, 300]"), ("cls", b"1"), ("cls", b"3")])
+    with pytest.raises(ClassesError, match=r"label 3 of key 'k2' .* is beyond the 3 classes .*; give the class file"):
+        classify(folder, classes=NAMES[:3], out=tmp_path / "p", **HERE)
     assert not (tmp_path / "p").exists()
+
+
+def test_of_many_classes_both_ends_are_shown_and_where_all_are(tmp_path):
+    folder = embed_members(tmp_path, [("cls", b"%d" % at) for at in range(23)])
+    (tmp_path / "names.txt").write_text("".join(f"thing {at}\n" for at in range(30)))
+    done = clipindex("classify", folder, "--classes", tmp_path / "names.txt", "--device", "cpu")
+    assert f"  … 3 more in {folder}/predictions/metrics.json" in done
+    assert done.count("  thing ") == 20
+
+
+def test_lists_beyond_the_names_are_no_classes_and_stop_nothing(tmp_path, caplog):
+    folder = embed_members(
+        tmp_path, [("cls", b"1"), ("json", b"[0]"), ("json", b"[10, 20, 300, 400]"), ("cls", b"[9]")]
+    )
+    told = []
+    with caplog.at_level(logging.WARNING, "clipindex"):
+        found = classify(folder, classes=NAMES[:3], out=tmp_path / "p", on_ranked=told.append, **HERE)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "mAP is left out" in said and "label 10 of key 'k2' (shard t" in said and "beyond the 3 classes" in said
+    assert (found.rows, found.labelled, found.multi_labelled) == (4, 1, 3)
+    assert (found.mean_average_precision, found.average_precision, told) == (None, [], [])
+    assert found.no_average_precision in said
+    metrics = json.loads((tmp_path / "p" / "metrics.json").read_bytes())
+    assert metrics["no_average_precision"] == found.no_average_precision
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    done = clipindex("classify", folder, "--classes", tmp_path / "names.txt", "--device", "cpu")
+    assert "no mAP of 3 rows with lists: label 10 of key 'k2'" in done
 
 
 def test_a_fit_ends_where_float32_tells_nothing_any_more(digits, tmp_path):

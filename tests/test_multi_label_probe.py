@@ -14,10 +14,12 @@ from sklearn.metrics import average_precision_score, precision_recall_fscore_sup
 from sklearn.multiclass import OneVsRestClassifier
 
 from clipindex import evaluate_probe, few_shot_curve, read_embeddings, read_probe, train_probe
+from clipindex.average_precision import BLOCK_SCORES
 from clipindex.cli import commands
 from clipindex.errors import ClassesError, StoreError, UsageError
 from clipindex.logistic import Block, ClassLists, OneVsRest, Problem, fit
 from clipindex.probing import write_predictions
+from clipindex.probing.ranking import rank_classes
 
 LISTS = {"label": "labels", "device": "cpu"}
 GAPS = np.array([2, 3, 5, 7, 11, 13, 17])
@@ -157,7 +159,9 @@ def test_evaluation_is_scikit_learns(corpus, trained):
     told = []
     found = evaluate_probe(corpus / "test", probe, device="cpu", on_progress=lambda *one: told.append(one))
     assert found == trained.test
-    assert told[-1] == (1000, 1000)
+    assert told[-1] == (1500, 1500)
+    assert {total for _, total in told} == {1500} and (1000, 1500) in told
+    assert told == sorted(told)
     assert json.loads((corpus / "probe" / "probe.json").read_text())["metrics"]["source"] == str(corpus / "test")
     x, truth = listed(corpus / "test")
     logits = torch.from_numpy(x) @ probe.weights.T + probe.intercept
@@ -171,6 +175,22 @@ def test_evaluation_is_scikit_learns(corpus, trained):
     np.testing.assert_allclose([one["probability"] for one in found.calibration], mean, atol=1e-6)
     assert sum(one["decisions"] for one in found.calibration) == truth.size
     assert 0 < found.calibration_error < 0.1
+
+
+def test_few_scores_are_in_hand_however_large_blocks_are():
+    x, truth = drawn(900)
+    ends = torch.from_numpy(np.concatenate([[0], np.cumsum(truth.sum(1))]))
+    lists = ClassLists(ends, torch.from_numpy(np.nonzero(truth)[1]))
+    block = Block(torch.from_numpy(x), torch.ones(len(x)), torch.arange(len(x)))
+    num_classes = BLOCK_SCORES // 250
+    linear = (torch.zeros(num_classes, x.shape[1]), torch.zeros(num_classes))
+    linear[0][:7] = torch.from_numpy(np.random.default_rng(0).normal(size=(7, x.shape[1])).astype(np.float32))
+    told = []
+    found = rank_classes(lambda: [block], lists, linear, told.append)
+    assert told == [250, 500, 750, 900, 1150, 1400, 1650, 1800]
+    scores = x @ linear[0][:7].numpy().T
+    expected = [average_precision_score(truth[:, one], scores[:, one]) for one in range(7)]
+    np.testing.assert_allclose(found.per_class()[:7], expected, atol=1e-4)
 
 
 def test_predictions_have_probabilities_of_their_own(corpus, trained, tmp_path):
@@ -256,6 +276,31 @@ def test_what_makes_no_probe_is_said(corpus, tmp_path):
         few_shot_curve(corpus / "train", [1], held_out=0.2, **LISTS)
 
 
+def test_what_is_of_one_class_a_row_says_so_of_lists(corpus, tmp_path):
+    x, y = features(60)
+    write_directory(tmp_path / "single", x, y)
+    train_probe(tmp_path / "single", device="cpu")
+    probe = read_probe(tmp_path / "single" / "probe")
+    for name, labels in (("lists", [(4, 5), (5,)] * 30), ("none", [None] * 60)):
+        write_directory(tmp_path / name, x, labels)
+    with pytest.raises(ClassesError, match="lists: the rows have lists of labels, and the probe is of one class a row"):
+        evaluate_probe(tmp_path / "lists", probe, device="cpu")
+    with pytest.raises(ClassesError, match="none: no row has a label to measure a probe by") as raised:
+        evaluate_probe(tmp_path / "none", probe, device="cpu")
+    assert "--label" not in str(raised.value)
+    with pytest.raises(ClassesError, match="lists of labels are asked for by --label labels"):
+        train_probe(tmp_path / "lists", device="cpu")
+    # Rows of both kinds are measured by those that have a label.
+    assert evaluate_probe(corpus / "train", probe, device="cpu").labelled == 40
+    write_directory(tmp_path / "again", x, [(4, 5), (5,)] * 30)
+    write_directory(tmp_path / "other", x, y)
+    for options in (["lists", "again"], ["single", "other", "--test", "lists", "--test", "again"]):
+        arguments = [one if one.startswith("--") else str(tmp_path / one) for one in options]
+        done = CliRunner().invoke(commands, ["compare", *arguments, "--out", str(tmp_path / "c")])
+        assert isinstance(done.exception, ClassesError)
+        assert "again: the rows have lists of labels, and compare knows rows of one class only" in str(done.exception)
+
+
 def test_probe_files_say_what_they_are(corpus, trained, tmp_path):
     document = json.loads((corpus / "probe" / "probe.json").read_text())
     assert document["multi_label"] is True
@@ -277,11 +322,22 @@ def test_the_commands(corpus, tmp_path):
     (tmp_path / "names.txt").write_text("".join(f"thing {at}\n" for at in range(18)))
     out = clipindex("train", corpus / "train", "--label", "labels", "--split", 0.2, "--out", tmp_path / "p",
                     "--classes", tmp_path / "names.txt")  # fmt: skip
+    assert "of DIR (of its rows, with --label labels)" in " ".join(clipindex("train", "--help").split())
     assert "one-vs-rest, C 0.316" in out and "mAP " in out and "thing 17" in out
     found = json.loads(clipindex("eval", corpus / "test", "--probe", tmp_path / "p", "--json"))
     assert 0.3 < found["mean_average_precision"] < 1
     clipindex("predict", corpus / "test", "--probe", tmp_path / "p", "--out", tmp_path / "p.parquet", "--top", 2)
     assert pq.read_table(tmp_path / "p.parquet")["class_name"][0][0].as_py().startswith("thing ")
+
+
+def test_of_many_classes_both_ends_are_shown(tmp_path):
+    x, _ = features(300)
+    write_directory(tmp_path / "d", x, [(at % 24,) for at in range(300)])
+    arguments = ["train", tmp_path / "d", "--label", "labels", "--split", 0.5, "--device", "cpu"]
+    done = CliRunner().invoke(commands, ["probe", *map(str, arguments)])
+    assert done.exit_code == 0, done.output
+    shown = done.stdout.splitlines()
+    assert (len([line for line in shown if "  label " in line]), "  … 4 more" in shown) == (20, True)
 
 
 @pytest.mark.cuda

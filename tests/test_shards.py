@@ -60,6 +60,7 @@ def test_which_member_is_the_image(tmp_path, members, chosen):
         ([("k.left.jpg", JPEG), ("k.right.jpg", JPEG)], "tar", "several images"),
         ([("k.jpg", JPEG), ("k.jpg", JPEG)], "tar", "a member twice"),
         ([("k.jpg", JPEG), ("k.cls", b"cat")], "label", "'cat' is no integer label"),
+        ([("k.jpg", JPEG), ("k.cls", b"3,5")], "label", "'3,5' is no integer label or a list as [3,5]"),
         ([("k.jpg", JPEG), ("k.cls", b"99999999999")], "label", "does not fit"),
     ],
 )

@@ -10,6 +10,7 @@ import click
 from clipindex.cli.embed import embed_lines, embed_status, run_embed
 from clipindex.cli.options import (
     apply,
+    both_ends,
     embed_options,
     json_option,
     model_options,
@@ -21,9 +22,6 @@ from clipindex.cli.options import (
 
 if TYPE_CHECKING:
     from clipindex.zeroshot import ClassifySummary, ImagePrediction
-
-CLASSES_SHOWN = 10
-"""At each end of a long list of classes on the terminal."""
 
 class_options = [
     click.option("--classes", type=click.Path(path_type=Path), metavar="FILE",
@@ -190,6 +188,8 @@ def _classify_lines(summary: "ClassifySummary") -> list[str]:
             f"mAP {summary.mean_average_precision:.2%}   ({summary.multi_labelled:,} with any number of classes)"
         )
         lines += _precision_lines(summary)
+    if summary.no_average_precision is not None:
+        lines.append(f"no mAP of {summary.multi_labelled:,} rows with lists: {summary.no_average_precision}")
     return lines
 
 
@@ -198,7 +198,7 @@ def _per_class_lines(summary: "ClassifySummary") -> list[str]:
     rows = sorted((row for row in summary.per_class if row["support"]), key=lambda row: row["recall"])
     width = max(len(row["name"]) for row in rows)
     lines = [f"  {row['name']:<{width}}  {row['recall']:>7.2%} of {row['support']:,}" for row in rows]
-    return ["recall by class:", *_both_ends(lines, f"{summary.out}/metrics.json")]
+    return ["recall by class:", *both_ends(lines, f"{summary.out}/metrics.json")]
 
 
 def _precision_lines(summary: "ClassifySummary") -> list[str]:
@@ -210,14 +210,7 @@ def _precision_lines(summary: "ClassifySummary") -> list[str]:
     lines = [f"  {row['name']:<{width}}  {row['average_precision']:>7.2%} of {row['support']:,}" for row in rows]
     missing = len(summary.average_precision) - len(rows)
     note = [f"  {missing:,} classes do not occur and count as 0"] if missing else []
-    return ["average precision by class:", *_both_ends(lines, f"{summary.out}/metrics.json"), *note]
-
-
-def _both_ends(lines: list[str], where: str) -> list[str]:
-    if len(lines) <= 2 * CLASSES_SHOWN:
-        return lines
-    left_out = f"  … {len(lines) - 2 * CLASSES_SHOWN:,} more in {where}"
-    return [*lines[:CLASSES_SHOWN], left_out, *lines[-CLASSES_SHOWN:]]
+    return ["average precision by class:", *both_ends(lines, f"{summary.out}/metrics.json"), *note]
 
 
 def _image_lines(predictions: Sequence["ImagePrediction"]) -> list[str]:

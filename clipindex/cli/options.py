@@ -84,6 +84,9 @@ embed_options = [
 ]  # fmt: skip
 
 
+CLASSES_SHOWN = 10
+"""At each end of a long list of classes on the terminal."""
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 
@@ -160,6 +163,14 @@ def spec(options: dict[str, Any]) -> "ModelSpec":
         random_init=options["random_init"],
         quick_gelu=options["quick_gelu"],
     )
+
+
+def both_ends(lines: list[str], where: str = "") -> list[str]:
+    """The first and last lines of a long table, and how many are between, with the file that has them, if any."""
+    if len(lines) <= 2 * CLASSES_SHOWN:
+        return lines
+    left_out = f"  … {len(lines) - 2 * CLASSES_SHOWN:,} more" + (f" in {where}" if where else "")
+    return [*lines[:CLASSES_SHOWN], left_out, *lines[-CLASSES_SHOWN:]]
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 - what json cannot write by itself

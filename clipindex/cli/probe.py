@@ -9,6 +9,7 @@ import click
 
 from clipindex.cli.options import (
     apply,
+    both_ends,
     check_picture,
     json_option,
     model_options,
@@ -24,8 +25,6 @@ from clipindex.cli.options import (
 if TYPE_CHECKING:
     from clipindex.probing import Evaluation, FewShotCurve, MultiLabelEvaluation, TrainSummary
 
-CLASSES_SHOWN = 10
-"""At each end of a long list of classes on the terminal."""
 CONFUSIONS_SHOWN = 5
 _MODEL = ("model", "pretrained", "random_init", "quick_gelu", "precision")
 
@@ -46,7 +45,8 @@ train_options = [
     click.option("--test", type=click.Path(path_type=Path), metavar="DIR2",
                  help="Another directory of the same model, to test on."),
     click.option("--split", "held_out", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="FRACTION",
-                 help="Or test on this fraction of each class of DIR, and do not train on it."),
+                 help="Or test on this fraction of each class of DIR (of its rows, with --label labels), and do not"
+                      " train on it."),
     click.option("--c", "c", callback=parse_strength, default="0.316", show_default=True, metavar="C|auto",
                  help="scikit-learn's C; auto searches it as appendix A.3 of the CLIP paper does."),
     click.option("--features", type=click.Choice(["raw", "normalized"]),
@@ -162,7 +162,7 @@ def evaluate(folder: Path, probe_folder: Path | None, out: Path | None, device: 
 
         probe = probing.read_probe(probe_folder or folder / "probe")
         found = probing.evaluate_probe(
-            folder, probe, device=device, on_progress=lambda rows, total: report(rows, total, f"{rows:,} rows")
+            folder, probe, device=device, on_progress=lambda rows, total: report(rows, total, f"{rows:,} rows read")
         )
     if out is not None:
         with atomic_write(out) as file:
@@ -245,17 +245,11 @@ def _ranking_lines(found: "MultiLabelEvaluation") -> list[str]:
     ]
     note = [f"  {missing:,} classes do not occur and count as 0"] if missing else []
     head = "average precision by class; precision, recall and f1 at a probability of one half:"
-    return [*lines, head, *_both_ends(table), *note]
+    return [*lines, head, *both_ends(table), *note]
 
 
 def _share(value: float | None) -> str:
     return f"{'-':>7}" if value is None else f"{value:>7.2%}"
-
-
-def _both_ends(table: list[str]) -> list[str]:
-    if len(table) <= 2 * CLASSES_SHOWN:
-        return table
-    return [*table[:CLASSES_SHOWN], f"  … {len(table) - 2 * CLASSES_SHOWN:,} more", *table[-CLASSES_SHOWN:]]
 
 
 def _accuracy_lines(found: "Evaluation") -> list[str]:
@@ -277,7 +271,7 @@ def _accuracy_lines(found: "Evaluation") -> list[str]:
     table = [f"  {names[row['label']]:<{width}}  {row['recall']:>7.2%} of {row['support']:,}" for row in rows_shown]
     wrong = sorted((cell for cell in found.confusion if cell[0] != cell[1]), key=lambda cell: -cell[2])
     taken = [f"  {names[label]}, taken for {names[best]}: {rows:,}" for label, best, rows in wrong[:CONFUSIONS_SHOWN]]
-    return [*lines, "recall by class:", *_both_ends(table), *(["most often wrong:", *taken] if taken else [])]
+    return [*lines, "recall by class:", *both_ends(table), *(["most often wrong:", *taken] if taken else [])]
 
 
 def _curve_lines(curve: "FewShotCurve") -> list[str]:

@@ -11,12 +11,12 @@ import pyarrow as pa
 import torch
 
 from clipindex.devices import choose_device
-from clipindex.errors import StoreError
+from clipindex.errors import ClassesError, StoreError
 from clipindex.logistic import Block, Passes, block_rows, map_blocks
 from clipindex.metrics import ClassificationCounts, wilson_interval
-from clipindex.probing.lists import LISTS_COLUMN, read_all_lists, take_lists
+from clipindex.probing.lists import LISTS_COLUMN, label_kinds, read_all_lists, take_lists
 from clipindex.probing.probe import Probe
-from clipindex.probing.ranking import MultiLabelEvaluation, evaluate_lists
+from clipindex.probing.ranking import EVALUATION_PASSES, MultiLabelEvaluation, evaluate_lists
 from clipindex.probing.rows import Ids, Streamed, read_all_labels, take_part
 from clipindex.store import LABELS_TYPE, NORM_COLUMNS, AtomicParquet, find_vectors, read_dataset, read_embeddings
 
@@ -67,11 +67,11 @@ def evaluate_probe(
         folder: The embedding directory.
         probe: Of the same model.
         device: 'auto', 'cpu', 'cuda' or 'cuda:N'.
-        on_progress: Called with the number of rows measured, and of all.
+        on_progress: Called with the number of rows looked at, and of all that are; rows with lists are, three times.
 
     Raises:
         FingerprintError: The embeddings are of another model.
-        ClassesError: No row has a label.
+        ClassesError: No row has a label, or a list of them, of the kind that the probe was trained on.
         StoreError: A file is damaged.
     """
     folder = Path(folder)
@@ -79,6 +79,7 @@ def evaluate_probe(
     chosen = choose_device(device)
     if probe.multi_label:
         return _evaluate_lists(folder, probe, vectors, chosen, on_progress)
+    _check_single_labels(folder)
     labels = read_all_labels(folder)
     part, unseen = take_part(labels, probe.classes)
     rows = Streamed([replace(part, vectors=vectors)], probe.features, chosen)
@@ -93,13 +94,26 @@ def evaluate_probe(
     return summarise(counts, probe.classes, probe.names, unseen, labels.left_out)
 
 
+def _check_single_labels(folder: Path) -> None:
+    kinds = label_kinds([folder])
+    if kinds == {LISTS_COLUMN}:
+        raise ClassesError(
+            f"{folder}: the rows have lists of labels, and the probe is of one class a row; measure one that was"
+            " trained on lists"
+        )
+    if not kinds:
+        raise ClassesError(
+            f"{folder}: no row has a label to measure a probe by; labels come from the .cls members of the tars"
+        )
+
+
 def _evaluate_lists(
     folder: Path, probe: Probe, vectors: str, device: torch.device, on_progress: Callable[[int, int], None]
 ) -> MultiLabelEvaluation:
     labels = read_all_lists(folder)
     part, lists, unseen = take_lists(labels, probe.classes)
     rows = Streamed([replace(part, vectors=vectors)], probe.features, device)
-    total = 2 * len(rows.class_ids)  # ranking goes over all of them twice
+    total = EVALUATION_PASSES * len(rows.class_ids)
     return evaluate_lists(
         rows.passes(at_once=block_rows(len(probe.classes), device)),
         lists.to(device),

@@ -15,9 +15,9 @@ import torch
 from clipindex.errors import ClassesError
 from clipindex.logistic import ClassLists
 from clipindex.multi_label import unpack_labels
-from clipindex.probing.rows import Ids, Part
+from clipindex.probing.rows import LABEL_COLUMN, Ids, Part
 from clipindex.probing.stored import read_stored
-from clipindex.store import LABELS_TYPE
+from clipindex.store import LABELS_TYPE, read_columns, read_dataset
 
 LISTS_COLUMN = "labels"
 
@@ -40,6 +40,22 @@ class ListedLabels:
     def left_out(self) -> int:
         """Rows without a list."""
         return int((~self.is_labelled).sum())
+
+
+def label_kinds(folders: Sequence[Path]) -> set[str]:
+    """Which of the columns `label` and `labels` say anything of the rows of directories; a `label` ends the search.
+
+    Raises:
+        StoreError: A file is damaged.
+    """
+    kinds = set()
+    for folder in folders:
+        read_dataset(folder)
+        for _, columns in read_columns(folder, (LABEL_COLUMN, LISTS_COLUMN)):
+            kinds |= {name for name, column in columns.items() if column.null_count < len(column)}
+            if LABEL_COLUMN in kinds:
+                return kinds
+    return kinds
 
 
 def read_all_lists(folder: str | Path) -> ListedLabels:

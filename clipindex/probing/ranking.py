@@ -1,6 +1,6 @@
 """How good a probe of many independent classes is: average precision, decisions at one half, calibration."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,9 +8,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipindex.average_precision import AveragePrecision, ScoreBlock, measure_average_precision
+from clipindex.average_precision import BLOCK_SCORES, AveragePrecision, ScoreBlock, measure_average_precision
 from clipindex.logistic import Block, ClassLists, Passes, map_blocks
 from clipindex.metrics import CALIBRATION_BINS
+
+RANKING_PASSES = 2
+EVALUATION_PASSES = RANKING_PASSES + 1
+"""Over rows; what is said of progress counts each."""
 
 Linear = tuple[torch.Tensor, torch.Tensor]
 """Weights [C, D] and intercept [C]."""
@@ -40,15 +44,27 @@ class MultiLabelEvaluation:
 def rank_classes(
     passes: Passes, lists: ClassLists, linear: Linear, on_rows: Callable[[int], None] = lambda rows: None
 ) -> AveragePrecision:
-    """How well logits rank rows in each class; `lists` are on the device of the rows."""
+    """How well logits rank rows in each class; `lists` are on the device of the rows.
+
+    `on_rows` is called with the number of rows that were looked at, `RANKING_PASSES` times each.
+    """
     weights, intercept = linear
+    at_once = max(1, BLOCK_SCORES // len(intercept))
+
+    def pieces() -> Iterator[Block]:
+        for block in passes():
+            for first in range(0, len(block.labels), at_once):
+                rows = slice(first, first + at_once)
+                scale = None if block.scale is None else block.scale[rows]
+                yield Block(block.values[rows], scale, block.labels[rows])
 
     def score(block: Block) -> ScoreBlock:
         rows, classes = lists.entries(block.labels)
         scores = weights @ block.features().T + intercept[:, None]
         return ScoreBlock(scores.cpu().numpy(), classes.cpu().numpy(), rows.cpu().numpy())
 
-    return measure_average_precision(len(intercept), passes, score, on_rows)
+    is_cpu = weights.device.type == "cpu"
+    return measure_average_precision(len(intercept), pieces, score, on_rows, one_by_one=not is_cpu)
 
 
 class DecisionCounts:
@@ -64,11 +80,17 @@ class DecisionCounts:
         self.right = np.zeros(num_classes, np.int64)
         self._bins = np.zeros((3, CALIBRATION_BINS))
 
-    def add_all(self, passes: Passes, lists: ClassLists, linear: Linear) -> None:
-        """Count rows; `lists` are on their device."""
+    def add_all(
+        self,
+        passes: Passes,
+        lists: ClassLists,
+        linear: Linear,
+        on_rows: Callable[[int], None] = lambda rows: None,
+    ) -> None:
+        """Count rows; `lists` are on their device. `on_rows` is called with their number so far."""
         weights, intercept = linear
 
-        def of_block(block: Block) -> tuple[list[npt.NDArray[np.int64]], npt.NDArray[np.float64]]:
+        def of_block(block: Block) -> tuple[int, list[npt.NDArray[np.int64]], npt.NDArray[np.float64]]:
             rows, classes = lists.entries(block.labels)
             probabilities = torch.sigmoid(block.features() @ weights.T + intercept)
             is_true = torch.zeros_like(probabilities, dtype=torch.bool)
@@ -78,13 +100,16 @@ class DecisionCounts:
             bins = (probabilities * CALIBRATION_BINS).ceil().long().sub_(1).clamp_(0, CALIBRATION_BINS - 1).flatten()
             flat = (torch.ones_like(probabilities), is_true.float(), probabilities)
             sums = [torch.bincount(bins, one.flatten().double(), CALIBRATION_BINS) for one in flat]
-            return counts, torch.stack(sums).cpu().numpy()
+            return len(block.labels), counts, torch.stack(sums).cpu().numpy()
 
-        for (support, chosen, right), sums in map_blocks(of_block, passes()):
+        done = 0
+        for count, (support, chosen, right), sums in map_blocks(of_block, passes()):
             self.support += support
             self.chosen += chosen
             self.right += right
             self._bins += sums
+            done += count
+            on_rows(done)
 
     def calibration(self) -> tuple[float, list[dict[str, float | int]]]:
         """The expected calibration error, and the bins that hold decisions (Guo et al. 2017, equation 5)."""
@@ -121,10 +146,13 @@ def evaluate_lists(
     left_out: int,
     on_rows: Callable[[int], None] = lambda rows: None,
 ) -> MultiLabelEvaluation:
-    """Measure a linear classifier of `classes`, in three passes over rows with `lists`, on one device."""
+    """Measure a linear classifier of `classes` on rows with `lists`, on one device.
+
+    `on_rows` is called with the number of rows that were looked at, `EVALUATION_PASSES` times each.
+    """
     ranked = rank_classes(passes, lists, linear, on_rows)
     counts = DecisionCounts(len(classes))
-    counts.add_all(passes, lists, linear)
+    counts.add_all(passes, lists, linear, lambda done: on_rows(RANKING_PASSES * ranked.num_rows + done))
     error, bins = counts.calibration()
     precisions = ranked.per_class()
     per_class: list[dict[str, Any]] = [

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from clipindex.errors import ClassesError
 from clipindex.probing.join import Joined, join
+from clipindex.probing.lists import LISTS_COLUMN, label_kinds
 from clipindex.probing.rows import Held, Ids, Rows, Streamed, find_classes, hold_if_fits, split, take_part
 
 log = logging.getLogger(__name__)
@@ -68,6 +70,10 @@ def pose_shared_task(paths: Sequence[Path], tests: Sequence[Path], held_out: flo
         ClassesError: Labels cannot define a probe, or differ between directories.
         StoreError: Directories have no row in common, or a file is damaged.
     """
+    for folders in (paths, tests):
+        if label_kinds(folders) == {LISTS_COLUMN}:
+            where = ", ".join(map(str, folders))
+            raise ClassesError(f"{where}: the rows have lists of labels, and compare knows rows of one class only")
     joined = join(paths)
     _say_what_is_left_out(joined)
     classes = find_classes(joined.labels)

@@ -77,7 +77,7 @@ def train_probe(
         pre_projection: Learn from the features before the projection, where `folder` holds both kinds: those that the
             CLIP paper's probes are fitted to.
         test: Another directory of the same model, to test on.
-        held_out: Or a fraction of each class of this one.
+        held_out: Or a fraction of each class of this one; of its rows, where they have any number of classes.
         balanced: Whether classes count alike, however many rows they have.
         seed: Of what is drawn: held-out rows, validation rows, AdamW's order.
         names: Class names, or a file with one a line, whose place is the label.

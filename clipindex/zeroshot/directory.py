@@ -61,7 +61,8 @@ class ClassifySummary:
     multi_labelled: int
     """Rows with any number of classes."""
     mean_average_precision: float | None
-    """Of those rows, over all classes, as CLIP_benchmark defines it (see `average_precision`); None without any."""
+    """Of those rows, over all classes, as CLIP_benchmark defines it (see `average_precision`); None without any, or
+    where `no_average_precision` says why."""
     average_precision: list[dict[str, Any]]
     """Of those rows, in class order: id, name, support, average_precision, which is 0 where a class does not occur."""
     seconds: float
@@ -69,6 +70,8 @@ class ClassifySummary:
     images_per_s: float
     agreement: Agreement | None = None
     """With exact classification, where this one was approximate."""
+    no_average_precision: str | None = None
+    """The first label in a list that is beyond the classes, where there is one: such lists are not ranked."""
 
 
 def classify(
@@ -110,7 +113,7 @@ def classify(
         The summary; predictions lie in `out`, a Parquet file a shard, beside metrics.json.
 
     Raises:
-        ClassesError: Class names or templates will not do, or a label is beyond the class list.
+        ClassesError: Class names or templates will not do, or the label of a row of one class is beyond the class list.
         FingerprintError: The embeddings are not of `model`.
         UsageError: `out` holds Parquet files that no classification wrote.
         ClipindexError: Others of its kinds; see `errors`.
@@ -127,7 +130,7 @@ def classify(
     where: dict[str, Any] = {"device": device, "precision": precision, "approximate": approximate}
     classifier = build_classifier(loaded, names, prompts, on_classes=on_classes, **where)
     counts = ClassificationCounts(len(names))
-    multi_labelled = check_labels(folder, shards, len(names))
+    multi_labelled, no_average_precision = check_labels(folder, shards, len(names))
     agreement = classifier.agreement(_sample(folder, shards), max(top, NUM_RANKED)) if approximate else None
     for path in earlier:
         path.unlink()
@@ -138,7 +141,7 @@ def classify(
     measured = counts.overall()
     ranked = (
         class_average_precision(folder, stored_vectors(classifier.index), written, on_ranked)
-        if multi_labelled
+        if multi_labelled and no_average_precision is None
         else None
     )
     summary = ClassifySummary(
@@ -166,6 +169,7 @@ def classify(
         seconds=round(seconds, 3),
         images_per_s=round(rows / seconds, 1),
         agreement=agreement,
+        no_average_precision=no_average_precision,
     )
     document = {**asdict(summary), "prompts": list(prompts), "shards": written}
     with atomic_write(target / METRICS_FILE) as file:
