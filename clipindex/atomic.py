@@ -6,6 +6,7 @@ Until then a file has a temporary name, which says whose it is, and is locked wh
 import atexit
 import contextlib
 import fcntl
+import json
 import os
 import re
 import secrets
@@ -209,6 +210,12 @@ def _create_locked(path: Path) -> BinaryIO:
 
 def _host() -> str:
     return re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
+
+
+def write_json(path: Path, document: object) -> None:
+    """Write a document for programs and people to read, whole or not at all."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(document, indent=2).encode() + b"\n")
 
 
 def check_folder(folder: Path) -> None:

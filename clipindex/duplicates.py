@@ -1,6 +1,5 @@
 """Near-duplicates: rows whose cosine is above a threshold, joined into groups, with the one of each to keep."""
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from clipindex.atomic import atomic_write, remove_stale_temporaries
+from clipindex.atomic import remove_stale_temporaries, write_json
 from clipindex.errors import IndexingError, UsageError
 from clipindex.index.files import OpenIndex, open_index
 from clipindex.index.lists import Mask
@@ -143,8 +142,7 @@ def find_duplicates(
         probes=search.probes,
         seconds=round(time.perf_counter() - started, 3),
     )
-    with atomic_write(target / "summary.json") as file:
-        file.write(json.dumps(asdict(summary), indent=2).encode() + b"\n")
+    write_json(target / "summary.json", asdict(summary))
     return summary
 
 

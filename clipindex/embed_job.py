@@ -1,6 +1,5 @@
 """The embedding job: which shards to run, running them, and what to say afterwards."""
 
-import json
 import logging
 import time
 from collections import Counter
@@ -9,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from clipindex.allocator import keep_freed_memory
-from clipindex.atomic import atomic_write
+from clipindex.atomic import write_json
 from clipindex.batch_size import fastest_batch_size
 from clipindex.decode import MAX_PIXELS
 from clipindex.devices import choose_devices, choose_precision
@@ -236,8 +235,7 @@ def embed(
         images_per_s=round(samples / seconds, 1) if samples else 0.0,
         stages=stages,
     )
-    with atomic_write(folder / "summary.json") as file:
-        file.write(json.dumps(asdict(summary), indent=2).encode() + b"\n")
+    write_json(folder / "summary.json", asdict(summary))
     return summary
 
 

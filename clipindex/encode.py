@@ -99,10 +99,9 @@ class ImageTower:
         pixels = pixels.to(self._device, non_blocking=pixels.is_pinned())
         # NHWC read as NCHW is channels_last, the order in which convolutions are fastest: no transposition.
         nchw = pixels.permute(0, 3, 1, 2).to(torch.float32)
-        features = self._tower(torch.addcmul(self._shift, nchw, self._scale).to(self._dtype))
+        pooled = _pooled(self._tower(torch.addcmul(self._shift, nchw, self._scale).to(self._dtype)))
         if self._project is None:
-            return Vectors(*_unit(features, self.info.dim))
-        pooled = features[0] if isinstance(features, tuple) else features
+            return Vectors(*_unit(pooled, self.info.dim))
         projected = Vectors(*_unit(self._project(pooled), self.info.dim))
         return projected._replace(pre_projection=Vectors(*_unit(pooled, pooled.shape[-1])))
 
@@ -120,7 +119,7 @@ class TextTower:
     """
 
     def __init__(self, loaded: LoadedModel, *, device: torch.device, precision: str) -> None:
-        if loaded.info.features != "projected":
+        if not loaded.info.has_texts:
             remedy = (
                 "embed with --features projected or both"
                 if loaded.info.features == "pre-projection"
@@ -153,7 +152,7 @@ class TextTower:
         for start in range(0, len(texts), _TEXT_BATCH):
             tokens = self._shortened(self._tokenize(texts[start : start + _TEXT_BATCH]))
             features = self._model.encode_text(tokens.to(self._device), normalize=False)
-            parts.append(_unit(features, self.info.dim)[0])
+            parts.append(_unit(_pooled(features), self.info.dim)[0])
         return np.concatenate(parts)
 
     def _shortened(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -182,9 +181,12 @@ def _concatenate(parts: Sequence[Vectors]) -> Vectors:
     )
 
 
-def _unit(features: torch.Tensor | tuple[torch.Tensor, ...], dim: int) -> tuple[Float32Array, Float32Array]:
+def _pooled(features: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     # CoCa's towers also give their tokens.
-    pooled = features[0] if isinstance(features, tuple) else features
+    return features[0] if isinstance(features, tuple) else features
+
+
+def _unit(pooled: torch.Tensor, dim: int) -> tuple[Float32Array, Float32Array]:
     if pooled.ndim != 2 or pooled.shape[1] != dim:
         raise ModelError(
             f"the tower gives {list(pooled.shape)} instead of [N, {dim}]: it is not pooled to one vector; "

@@ -29,6 +29,27 @@ def wilson_interval(hits: int, total: int) -> tuple[float, float]:
     return min(max(centre - half, 0.0), share), max(min(centre + half, 1.0), share)
 
 
+def calibrate(
+    counts: npt.NDArray[Any], hits: npt.NDArray[Any], confidence: npt.NDArray[Any]
+) -> tuple[float, list[tuple[int, float, float]]]:
+    """The expected calibration error: the mean over samples of |share of hits - mean confidence| of the sample's bin.
+
+    Guo et al. 2017 (arXiv:1706.04599), equation 5; bins are without their lower bounds.
+
+    Args:
+        counts: Samples in each bin.
+        hits: Of them, how many were right.
+        confidence: Sums of what was said of them.
+
+    Returns:
+        The error, 0 without samples; and of each bin that holds some their number, share of hits and mean confidence.
+    """
+    filled = counts > 0
+    number, share, mean = counts[filled], hits[filled] / counts[filled], confidence[filled] / counts[filled]
+    error = float((np.abs(share - mean) * number).sum() / number.sum()) if filled.any() else 0.0
+    return error, [(int(each), float(hit), float(sure)) for each, hit, sure in zip(number, share, mean, strict=True)]
+
+
 def mcnemar(only_first: int, only_second: int) -> float:
     """How probable it is that two classifiers, equally good, differ as much or more on the same samples.
 
@@ -132,20 +153,9 @@ class ClassificationCounts:
         return self._pairs // len(self.support), self._pairs % len(self.support), self._pair_counts
 
     def calibration(self) -> tuple[float, list[dict[str, float | int]]]:
-        """The expected calibration error, and the bins that hold samples.
-
-        It is the mean over samples of |accuracy - mean confidence| of the sample's bin, in 15 bins of equal width of
-        the confidence, each without its lower bound (Guo et al. 2017, arXiv:1706.04599, equation 5).
-        """
-        filled = self._bin_counts > 0
-        counts = self._bin_counts[filled]
-        accuracy, confidence = self._bin_hits[filled] / counts, self._bin_confidence[filled] / counts
-        error = float((np.abs(accuracy - confidence) * counts).sum() / counts.sum()) if filled.any() else 0.0
-        bins: list[dict[str, float | int]] = [
-            {"samples": int(count), "accuracy": float(hit), "confidence": float(sure)}
-            for count, hit, sure in zip(counts, accuracy, confidence, strict=True)
-        ]
-        return error, bins
+        """The expected calibration error, and the bins that hold samples; 15 of equal width of the confidence."""
+        error, bins = calibrate(self._bin_counts, self._bin_hits, self._bin_confidence)
+        return error, [{"samples": count, "accuracy": hit, "confidence": sure} for count, hit, sure in bins]
 
 
 def retrieval_recall(

@@ -69,6 +69,11 @@ class ModelInfo:
     """What an image's embedding is: 'projected' into the space shared with texts, 'pre-projection', that is before the
     tower's last linear layer, or 'pooled', of a backbone that knows no texts."""
 
+    @property
+    def has_texts(self) -> bool:
+        """Whether the embeddings lie in one space with those of texts."""
+        return self.features == "projected"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:

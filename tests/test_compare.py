@@ -1,18 +1,15 @@
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from command_line import run_cli
 from probe_data import features, model, write_directory
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
 
 from clipindex import compare_encoders, embed, train_probe
-from clipindex.cli import commands
 from clipindex.demo import DATA
 from clipindex.errors import ClassesError, FingerprintError, ModelError, StoreError, UsageError
 from clipindex.metrics import mcnemar
@@ -285,7 +282,7 @@ def test_accuracies_are_those_of_scikit_learn_on_the_rows_that_were_drawn(data, 
 
 def run(*arguments):
     """The command in this process, which has imported all that is slow."""
-    return CliRunner().invoke(commands, ["compare", *map(str, arguments)])
+    return run_cli("compare", *arguments)
 
 
 def test_the_command(shapes, tmp_path, monkeypatch):
@@ -293,7 +290,7 @@ def test_the_command(shapes, tmp_path, monkeypatch):
     shutil.copytree(shapes / "demo", "again")
     done = run(shapes / "demo", "again", "--shots", "1,2", "--classes", NAMES, "--model", "again", "demo",
                "--plot", "c.svg", "--device", "cpu")  # fmt: skip
-    assert done.exit_code == 0, done.output
+    assert done.returncode == 0, done.stderr
     head, *rows = done.stdout.splitlines()
     assert "20 classes, joined by key" in head and head.endswith("-> compare")
     assert rows[0].split()[:5] == ["directory", "model", "probed", "D", "zero-shot"]
@@ -307,7 +304,7 @@ def test_the_command_with_test_directories_and_json(pair, tmp_path):
     tests = ["--test", pair / "good_test", "--test", pair / "worse_test"]
     options = ["--shots", "none", "--c", "auto", "--out", tmp_path / "out", "--device", "cpu", "--json"]
     done = run(pair / "good", pair / "worse", *tests, *options)
-    assert done.exit_code == 0, done.output
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["test_rows"] == 500 and not found["encoders"][0]["few_shot"]
     assert (tmp_path / "out" / "compare.png").read_bytes()[:4] == b"\x89PNG"
@@ -324,7 +321,6 @@ def test_the_command_with_test_directories_and_json(pair, tmp_path):
     ],
 )
 def test_mistakes_end_in_status_2(arguments, message):
-    command = [Path(sys.executable).with_name("clipindex"), "compare", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run(*arguments)
     assert done.returncode == 2
     assert message in done.stderr

@@ -90,6 +90,10 @@ def compare(
         refuse_options(context, ("seeds",), "it belongs to --shots, of which there are none")
     if classes is None:
         refuse_options(context, ("templates", "model", "precision"), "only --classes needs the model")
+    given = [folder for folder, _ in model]
+    twice = next((folder for folder in given if given.count(folder) > 1), None)
+    if twice is not None:
+        raise click.UsageError(f"--model {twice} is given twice: give one model for a directory")
     from clipindex.progress import reporting
 
     with reporting("compare") as report:
@@ -97,24 +101,22 @@ def compare(
         from clipindex import probing
         from clipindex.probing.compare_plot import COMPARISON_PICTURE, draw_comparison
 
-        twice = {folder for folder, _ in model if [given for given, _ in model].count(folder) > 1}
-        if twice:
-            raise click.UsageError(f"--model {twice.pop()} is given twice: give one model for a directory")
         found = probing.compare_encoders(
             folders,
             tests=tests,
             shots=shots,
             seeds=seeds,
             names=classes,
-            templates="simple" if classes is None else templates_for(classes, templates),
+            templates=templates_for(classes, templates),
             models=dict(model),
             out=out,
             on_progress=report,
             **options,
         )
-        draw_comparison(found, plot or out / COMPARISON_PICTURE)
-        if plot is not None and plot.resolve() != (out / COMPARISON_PICTURE).resolve():
-            (out / COMPARISON_PICTURE).unlink(missing_ok=True)  # of an earlier run, and no picture of this one
+        picture = out / COMPARISON_PICTURE
+        draw_comparison(found, plot or picture)
+        if plot is not None and plot.resolve() != picture.resolve():
+            picture.unlink(missing_ok=True)  # of an earlier run, and no picture of this one
     print_result(found, as_json, _lines)
     return 0
 

@@ -145,8 +145,10 @@ def check_picture(plot: Path | None) -> None:
         raise click.UsageError(f"--plot {plot}: let the name end in .png, .svg or .pdf")
 
 
-def templates_for(classes: Path, templates: str | None) -> str:
+def templates_for(classes: Path | None, templates: str | None) -> str:
     """Templates as said, else those that a CLIP_benchmark data set has beside its classes, else the simple one."""
+    if classes is None:
+        return "simple"
     beside = classes.parent / "zeroshot_classification_templates.txt"
     prompts = templates or (str(beside) if beside.is_file() else "simple")
     logging.getLogger("clipindex").info("classes: %s, prompts: %s", classes, prompts)

@@ -1,7 +1,6 @@
 """`clipindex probe`."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +115,7 @@ def train(
                 folder,
                 shots,
                 seeds=seeds,
-                templates="simple" if classes is None else templates_for(classes, templates),
+                templates=templates_for(classes, templates),
                 model=spec(options) if options["model"] else None,
                 precision=options["precision"],
                 **{**shared, "features": options["features"] or "raw"},
@@ -158,15 +157,14 @@ def evaluate(folder: Path, probe_folder: Path | None, out: Path | None, device: 
     with reporting("probe eval") as report:
         report(0, 0, "")
         from clipindex import probing
-        from clipindex.atomic import atomic_write
+        from clipindex.atomic import write_json
 
         probe = probing.read_probe(probe_folder or folder / "probe")
         found = probing.evaluate_probe(
             folder, probe, device=device, on_progress=lambda rows, total: report(rows, total, f"{rows:,} rows read")
         )
     if out is not None:
-        with atomic_write(out) as file:
-            file.write(json.dumps(dataclasses.asdict(found), indent=2).encode() + b"\n")
+        write_json(out, dataclasses.asdict(found))
     print_result(found, as_json, _evaluation_lines)
     return 0
 

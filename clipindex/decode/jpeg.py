@@ -89,8 +89,8 @@ def _scale_factor(height: int, width: int, preprocess: Preprocess) -> int:
     """What to divide the size by; libjpeg-turbo has vector code for these factors, and none for those between."""
     scaled = preprocess.resize_size or preprocess.size
     targets = scaled if preprocess.resize_mode == "squash" else (max(scaled),) * 2
-    room = min(height / targets[0], width / targets[1])
-    return next((factor for factor in (8, 4, 2) if room >= SCALED_OVER_TARGET * factor), 1)
+    over = min(height / targets[0], width / targets[1])
+    return next((factor for factor in (8, 4, 2) if over >= SCALED_OVER_TARGET * factor), 1)
 
 
 def _resize(

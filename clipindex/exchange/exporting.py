@@ -22,6 +22,7 @@ from clipindex.store import (
     Dataset,
     ShardRecord,
     find_vectors,
+    model_before_projection,
     published_shards,
     read_dataset,
     read_embeddings,
@@ -152,12 +153,7 @@ def _model(folder: str | Path, dataset: Dataset, pre_projection: bool) -> ModelI
         if dataset.pre_projection is not None:
             log.info("%s: the features before the projection are not exported; --pre-projection exports them", folder)
         return dataset.model
-    before = dataset.before_projection()
-    if before is None:
-        raise UsageError(
-            f"{folder} holds no features before a projection; embed with --features both, or leave --pre-projection out"
-        )
-    return before
+    return model_before_projection(folder, dataset)
 
 
 def _chosen(published: dict[str, ShardRecord], patterns: Sequence[str]) -> list[ShardRecord]:

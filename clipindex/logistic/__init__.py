@@ -27,7 +27,7 @@ float64.
 """
 
 from clipindex.logistic.blocks import Block, Passes, block_rows, map_blocks
-from clipindex.logistic.descent import Fit, fit
+from clipindex.logistic.descent import Fit, Linear, fit
 from clipindex.logistic.losses import ClassLists, Loss, OneVsRest
 from clipindex.logistic.problem import Problem
 
@@ -35,6 +35,7 @@ __all__ = [
     "Block",
     "ClassLists",
     "Fit",
+    "Linear",
     "Loss",
     "OneVsRest",
     "Passes",

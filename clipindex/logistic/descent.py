@@ -27,6 +27,10 @@ _BACKTRACKS = 6  # none of a part in low precision, which another precision take
 _SUFFICIENT = 1e-4  # of the promised decrease, Nocedal & Wright 2006, section 3.1
 
 
+Linear = tuple[torch.Tensor, torch.Tensor]
+"""A linear classifier: weights [C, D] and intercept [C]."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fit:
     """A minimum, and how well it is one."""

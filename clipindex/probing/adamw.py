@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from clipindex.logistic import Linear
 from clipindex.probing.protocols import Trial, measure, search_peak
 from clipindex.probing.rows import Held, Ids
 from clipindex.threads import one_thread
@@ -18,8 +19,6 @@ EPOCHS = 10
 BATCH = 64
 _STRONGEST = 2
 """Weight decays are 10 ** (-6 … 2), 97 of them."""
-
-Linear = tuple[torch.Tensor, torch.Tensor]
 
 
 @one_thread()

@@ -3,7 +3,6 @@
 The same rows are held out, drawn as shots and validated on for every directory; see `shared_task`.
 """
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from clipindex.atomic import atomic_write, check_folder
+from clipindex.atomic import check_folder, write_json
 from clipindex.devices import choose_device
 from clipindex.errors import UsageError
-from clipindex.logistic import block_rows
+from clipindex.logistic import Linear, block_rows
 from clipindex.metrics import ClassificationCounts, mcnemar
 from clipindex.probing.comparison import (
     Accuracy,
@@ -27,7 +26,7 @@ from clipindex.probing.comparison import (
     name_encoders,
 )
 from clipindex.probing.encoders import check_directories, choose_features, embed_names
-from clipindex.probing.evaluation import Linear, Ranked, count
+from clipindex.probing.evaluation import Ranked, count
 from clipindex.probing.few_shot import count_drawn, few_shot_points, fit_shots
 from clipindex.probing.protocols import README_C, Setting, check_c, fit_at
 from clipindex.probing.rows import Held, Ids
@@ -128,11 +127,12 @@ def compare_encoders(
     if shots:
         count_drawn(task.class_ids[task.training], task.classes, settings.shots, c)
     prompts = read_templates(templates)
-    name_classes(task.classes, names)
+    known = None if names is None else read_names(names)
+    name_classes(task.classes, known)
     texts = embed_names(
         paths,
         infos,
-        None if names is None else read_names(names),
+        known,
         [*task.classes, *task.unseen],
         prompts,
         models or {},
@@ -161,8 +161,7 @@ def compare_encoders(
         encoders=tuple(results),
         seconds=round(time.perf_counter() - started, 3),
     )
-    with atomic_write(Path(out) / COMPARISON_FILE) as file:
-        file.write(json.dumps(asdict(comparison), indent=2).encode() + b"\n")
+    write_json(Path(out) / COMPARISON_FILE, asdict(comparison))
     return comparison
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from clipindex.errors import ModelError, UsageError
-from clipindex.probing.evaluation import Linear
+from clipindex.logistic import Linear
 from clipindex.probing.task import check_test_is_other
 from clipindex.probing.zero_shot import zero_shot_linear
 from clipindex.store import Dataset
@@ -57,11 +57,6 @@ def choose_features(paths: Sequence[Path], datasets: Sequence[Dataset], pre_proj
     return [model or dataset.model for dataset, model in zip(datasets, found, strict=True)]
 
 
-def has_text_space(info: ModelInfo) -> bool:
-    """Whether a model's embeddings lie in one space with its texts."""
-    return info.features == "projected"
-
-
 def embed_names(
     paths: Sequence[Path],
     infos: Sequence[ModelInfo],
@@ -94,7 +89,7 @@ def embed_names(
     for folder in given:
         if folder not in paths:
             raise UsageError(f"a model is given for {folder}, which is none of the directories to compare")
-        if not has_text_space(infos[paths.index(folder)]):
+        if not infos[paths.index(folder)].has_texts:
             raise UsageError(
                 f"a model is given for {folder}, whose embeddings lie in no space with texts: leave it out"
             )
@@ -102,7 +97,7 @@ def embed_names(
     for folder, info in zip(paths, infos, strict=True):
         if names is None:
             texts.append("no class names were given")
-        elif not has_text_space(info):
+        elif not info.has_texts:
             texts.append("its embeddings lie in no space with texts")
         else:
             on_note(f"embedding class names for {folder}")

@@ -12,7 +12,7 @@ import torch
 
 from clipindex.devices import choose_device
 from clipindex.errors import ClassesError, StoreError
-from clipindex.logistic import Block, Passes, block_rows, map_blocks
+from clipindex.logistic import Block, Linear, Passes, block_rows, map_blocks
 from clipindex.metrics import ClassificationCounts, wilson_interval
 from clipindex.probing.lists import LISTS_COLUMN, label_kinds, read_all_lists, take_lists
 from clipindex.probing.probe import Probe
@@ -22,8 +22,6 @@ from clipindex.store import LABELS_TYPE, NORM_COLUMNS, AtomicParquet, find_vecto
 
 NUM_RANKED = 5
 
-Linear = tuple[torch.Tensor, torch.Tensor]
-"""Weights [C, D] and intercept [C]."""
 Ranked = tuple[Ids, npt.NDArray[np.float64]]
 """The best classes [n, at most 5], and the probability of the best [n]."""
 

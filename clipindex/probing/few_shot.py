@@ -1,6 +1,5 @@
 """Accuracy over the number of training rows a class, beside that without any."""
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -10,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clipindex.atomic import atomic_write, check_folder
+from clipindex.atomic import check_folder, write_json
 from clipindex.errors import ClassesError, UsageError
-from clipindex.logistic import block_rows
-from clipindex.probing.evaluation import Linear, count
+from clipindex.logistic import Linear, block_rows
+from clipindex.probing.evaluation import count
 from clipindex.probing.lists import LISTS_COLUMN
 from clipindex.probing.protocols import README_C, Setting, check_c, fit_at
 from clipindex.probing.rows import Ids, Rows, random_ranks
@@ -122,6 +121,7 @@ def few_shot_curve(
     if label == LISTS_COLUMN:
         raise UsageError("shots are rows of one class each, and rows of 'labels' have any number: leave shots out")
     prompts = read_templates(templates)
+    known = None if names is None else read_names(names)
     task = pose_task(
         folder,
         label=label,
@@ -129,7 +129,7 @@ def few_shot_curve(
         test=test,
         held_out=held_out,
         seed=seed,
-        names=names,
+        names=known,
         device=device,
         pre_projection=pre_projection,
     )
@@ -137,9 +137,9 @@ def few_shot_curve(
     target = Path(out) if out is not None else task.folder / "probe"
     check_folder(target)
     texts: Linear | None = None
-    if names is not None:  # before anything is learned, since there may be no model, or none that knows texts
+    if known is not None:  # before anything is learned, since there may be no model, or none that knows texts
         info, labels = read_dataset(task.folder).model, [*task.classes, *task.test.unseen]
-        texts = zero_shot_linear(task.folder, info, read_names(names), labels, prompts, model, precision, task.device)
+        texts = zero_shot_linear(task.folder, info, known, labels, prompts, model, precision, task.device)
     shots, draws = sorted(set(shots)), tuple(range(seed, seed + seeds))
     class_ids = task.rows.class_ids[task.training]
     linears, strengths = fit_shots(
@@ -162,8 +162,7 @@ def few_shot_curve(
         templates=len(prompts) if zero is not None else 0,
         seconds=round(time.perf_counter() - started, 3),
     )
-    with atomic_write(target / CURVE_FILE) as file:
-        file.write(json.dumps(asdict(curve), indent=2).encode() + b"\n")
+    write_json(target / CURVE_FILE, asdict(curve))
     return curve
 
 

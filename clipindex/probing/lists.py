@@ -17,7 +17,7 @@ from clipindex.logistic import ClassLists
 from clipindex.multi_label import unpack_labels
 from clipindex.probing.rows import LABEL_COLUMN, Ids, Part
 from clipindex.probing.stored import read_stored
-from clipindex.store import LABELS_TYPE, read_columns, read_dataset
+from clipindex.store import LABELS_TYPE, read_columns
 
 LISTS_COLUMN = "labels"
 
@@ -50,7 +50,6 @@ def label_kinds(folders: Sequence[Path]) -> set[str]:
     """
     kinds = set()
     for folder in folders:
-        read_dataset(folder)
         for _, columns in read_columns(folder, (LABEL_COLUMN, LISTS_COLUMN)):
             kinds |= {name for name, column in columns.items() if column.null_count < len(column)}
             if LABEL_COLUMN in kinds:

@@ -10,7 +10,7 @@ import safetensors
 import torch
 from safetensors.torch import load, save
 
-from clipindex.atomic import atomic_write
+from clipindex.atomic import atomic_write, write_json
 from clipindex.errors import StoreError
 from clipindex.probing.rows import FEATURES
 from clipindex.store import parse_model_info
@@ -61,8 +61,7 @@ def write_probe(folder: str | Path, probe: Probe) -> None:
     document |= {"model": asdict(probe.model), "format_version": FORMAT_VERSION, "weights_sha256": _digest(tensors)}
     with atomic_write(folder / WEIGHTS_FILE) as file:
         file.write(tensors)
-    with atomic_write(folder / PROBE_FILE) as file:
-        file.write(json.dumps(document, indent=2).encode() + b"\n")
+    write_json(folder / PROBE_FILE, document)
 
 
 def read_probe(folder: str | Path) -> Probe:

@@ -9,15 +9,12 @@ import numpy.typing as npt
 import torch
 
 from clipindex.average_precision import BLOCK_SCORES, AveragePrecision, ScoreBlock, measure_average_precision
-from clipindex.logistic import Block, ClassLists, Passes, map_blocks
-from clipindex.metrics import CALIBRATION_BINS
+from clipindex.logistic import Block, ClassLists, Linear, Passes, map_blocks
+from clipindex.metrics import CALIBRATION_BINS, calibrate
 
 RANKING_PASSES = 2
 EVALUATION_PASSES = RANKING_PASSES + 1
 """Over rows; what is said of progress counts each."""
-
-Linear = tuple[torch.Tensor, torch.Tensor]
-"""Weights [C, D] and intercept [C]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,14 +109,9 @@ class DecisionCounts:
             on_rows(done)
 
     def calibration(self) -> tuple[float, list[dict[str, float | int]]]:
-        """The expected calibration error, and the bins that hold decisions (Guo et al. 2017, equation 5)."""
-        counts, positives, sums = self._bins[:, self._bins[0] > 0]
-        share, mean = positives / counts, sums / counts
-        bins: list[dict[str, float | int]] = [
-            {"decisions": int(count), "positives": float(one), "probability": float(sure)}
-            for count, one, sure in zip(counts, share, mean, strict=True)
-        ]
-        return float((np.abs(share - mean) * counts).sum() / counts.sum()), bins
+        """The expected calibration error, and the bins that hold decisions (`metrics.calibrate`)."""
+        error, bins = calibrate(*self._bins)
+        return error, [{"decisions": count, "positives": share, "probability": mean} for count, share, mean in bins]
 
     def per_class(self) -> list[dict[str, float | int | None]]:
         """Support, precision, recall and f1 of each class."""

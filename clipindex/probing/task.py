@@ -12,7 +12,7 @@ from clipindex.logistic import ClassLists
 from clipindex.probing.lists import LISTS_COLUMN, find_listed_classes, read_all_lists, split_rows, take_lists
 from clipindex.probing.rows import FEATURES, Ids, Part, Streamed, find_classes, read_all_labels, split, take_part
 from clipindex.prompts import read_classes
-from clipindex.store import Dataset, find_vectors, read_dataset
+from clipindex.store import find_vectors, model_before_projection, read_dataset
 from clipindex.types import ModelInfo
 
 
@@ -92,7 +92,7 @@ def pose_task(
     if test is not None:
         check_test_is_other(Path(test), [folder])
     dataset = read_dataset(folder)
-    model = _before_projection(folder, dataset) if pre_projection else dataset.model
+    model = model_before_projection(folder, dataset) if pre_projection else dataset.model
     chosen_device = choose_device(device)
     part, classes, lists, _, left_out = _take(folder, label, None)
     part = replace(part, vectors=find_vectors(folder, dataset, model))
@@ -121,15 +121,6 @@ def pose_task(
         low=low_precision(chosen_device),
         lists=lists,
     )
-
-
-def _before_projection(folder: Path, dataset: Dataset) -> ModelInfo:
-    model = dataset.before_projection()
-    if model is None:
-        raise UsageError(
-            f"{folder} holds no features before a projection; embed with --features both, or leave --pre-projection out"
-        )
-    return model
 
 
 def check_choices(features: str, held_out: float | None, *, is_tested_elsewhere: bool) -> None:

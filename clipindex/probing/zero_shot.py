@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from clipindex.devices import choose_precision
-from clipindex.probing.evaluation import Linear
+from clipindex.logistic import Linear
 from clipindex.prompts import embed_classes
 from clipindex.types import ModelInfo, ModelSpec
 

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from clipindex.atomic import create_exclusive, remove_stale_temporaries
-from clipindex.errors import FingerprintError, StoreError
+from clipindex.errors import FingerprintError, StoreError, UsageError
 from clipindex.types import ModelInfo, ModelSpec, Preprocess
 
 FORMAT_VERSION = 1
@@ -215,6 +215,20 @@ def find_vectors(where: Path, dataset: Dataset, wanted: ModelInfo) -> str:
         return PRE_PROJECTION
     check_fingerprint(where, dataset.model, wanted)
     return "embedding"
+
+
+def model_before_projection(where: str | Path, dataset: Dataset) -> ModelInfo:
+    """Of a directory's features before the projection.
+
+    Raises:
+        UsageError: It holds none.
+    """
+    model = dataset.before_projection()
+    if model is None:
+        raise UsageError(
+            f"{where} holds no features before a projection; embed with --features both, or leave --pre-projection out"
+        )
+    return model
 
 
 def describe_model(model: ModelInfo) -> str:

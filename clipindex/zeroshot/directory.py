@@ -1,7 +1,6 @@
 """Classifying the rows of a directory: predictions, and metrics where there are labels."""
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from clipindex.agreement import Agreement
-from clipindex.atomic import atomic_write, remove_stale_temporaries
+from clipindex.atomic import remove_stale_temporaries, write_json
 from clipindex.errors import UsageError
 from clipindex.index.exact import Neighbours, stored_vectors
 from clipindex.metrics import ClassificationCounts
@@ -172,8 +171,7 @@ def classify(
         no_average_precision=no_average_precision,
     )
     document = {**asdict(summary), "prompts": list(prompts), "shards": written}
-    with atomic_write(target / METRICS_FILE) as file:
-        file.write(json.dumps(document, indent=2).encode() + b"\n")
+    write_json(target / METRICS_FILE, document)
     return summary
 
 
