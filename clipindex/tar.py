@@ -6,9 +6,9 @@ corpus needs a name, an offset and the bytes, and reads ten times as fast withou
 executed or unpickled, and no path in it is opened.
 """
 
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import BinaryIO, NamedTuple, NoReturn
+from zlib import adler32
 
 from clipindex.errors import ShardError
 
@@ -98,7 +98,7 @@ def read_members(stream: BinaryIO, wants: Callable[[str, int], bool]) -> Iterato
             size = 0
         else:
             cursor.skip_data(size)
-        if kind != "directory" and not name.endswith("/"):
+        if kind != "directory" and name[-1:] != "/":
             yield Member(name, offset, size, kind, data)
 
 
@@ -115,13 +115,13 @@ class _Cursor:
 
     def read_header(self) -> bytes:
         """The next header, with the padding before it passed over."""
-        block = self._ahead or self.stream.read(self._padding + BLOCK_BYTES)
+        padding = self._padding
+        block = self._ahead or self.stream.read(padding + BLOCK_BYTES)
         self.offset += len(block)
-        header = block[self._padding :]
         self._padding, self._ahead = 0, b""
-        if len(header) != BLOCK_BYTES:
+        if len(block) != padding + BLOCK_BYTES:
             self._raise_truncated()
-        return header
+        return block[padding:] if padding else block
 
     def read(self, size: int) -> bytes:
         data = self.stream.read(size)
@@ -132,15 +132,16 @@ class _Cursor:
 
     def read_data(self, size: int) -> bytes:
         """A member's data; a small one's in one read with the header after it, since a call costs more than bytes."""
-        self._padding = -size % BLOCK_BYTES
+        self._padding = padding = -size % BLOCK_BYTES
         if size > SMALL_BYTES:
             return self.read(size)
-        block = self.stream.read(size + self._padding + BLOCK_BYTES)
-        self.offset += min(size, len(block))
-        if len(block) < size:
+        block = self.stream.read(size + padding + BLOCK_BYTES)
+        data = block[:size]
+        self.offset += len(data)
+        if len(data) != size:
             self._raise_truncated()
         self._ahead = block[size:]
-        return block[:size]
+        return data
 
     def _raise_truncated(self) -> NoReturn:
         raise ShardError(f"truncated: ends at offset {self.offset} without an end-of-archive block")
@@ -183,12 +184,11 @@ def _size(header: bytes, at: int) -> int:
     """Data size of a header whose checksum holds.
 
     A tar checksum is the plain sum of the bytes with the checksum field as spaces. Adler-32 (RFC 1950) carries that sum
-    modulo 65521 in its low half, at C speed.
+    in its low half, at C speed, where it is below 65521, as a header's mostly is.
     """
     field = header[148:156]
     stored = _octal(field, at)
-    total = (zlib.adler32(header) & 0xFFFF) - (zlib.adler32(field) & 0xFFFF) + 8 * 32
-    if (total - stored) % 65521 and not _signed_sum(header) == stored:
+    if (adler32(header) - adler32(field) + 8 * 32 - stored) & 0xFFFF and stored not in _sums(header):
         raise ShardError(f"damaged: header checksum at offset {at} does not hold")
     size = header[124:136]
     if size[0] & 0x80:  # GNU base-256, for members from 8 GiB on
@@ -196,14 +196,16 @@ def _size(header: bytes, at: int) -> int:
     return _octal(size, at)
 
 
-def _signed_sum(header: bytes) -> int:
-    """The sum as old tars took it, over signed characters."""
-    signed = sum(byte - 256 if byte > 127 else byte for byte in header[:148] + header[156:])
-    return signed + 8 * 32
+def _sums(header: bytes) -> tuple[int, int]:
+    """The checksum, and as old tars took it, over signed characters."""
+    counted = header[:148] + b" " * 8 + header[156:]
+    return sum(counted), sum(byte - 256 if byte > 127 else byte for byte in counted)
 
 
 def _octal(field: bytes, at: int) -> int:
-    digits = field.partition(b"\0")[0].strip()
+    digits = field.rstrip(b"\0 ")
+    if not digits.isdigit():
+        digits = field.partition(b"\0")[0].strip()
     if not digits:
         return 0
     try:
