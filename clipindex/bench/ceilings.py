@@ -1,5 +1,6 @@
 """What bounds a stage, measured then and there: matrix products, memory copies, bare libraries."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -15,22 +16,26 @@ from clipindex.devices import PRECISIONS
 from clipindex.models import LoadedModel
 
 REPEATS = 3
+LEAST_S = 0.5
+"""Of a measurement: shorter ones catch a moment's clock that no job keeps up."""
 _PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}  # large enough that the product, and not its call, is measured
 _COPY_BYTES = 256 << 20
 _READ_BYTES = 1 << 20
 
 
 def best_rate(run: Callable[[], int], synchronize: Callable[[], None] = lambda: None) -> float:
-    """Items/s of the best of some runs after one that warms up; `run` says how many items it did."""
-    run()
-    rates = []
-    for _ in range(REPEATS):
+    """Items/s of the best of some measurements after one that warms up; `run` says how many items it did."""
+
+    def measure(times: int) -> tuple[int, float]:
         synchronize()
         started = time.perf_counter()
-        items = run()
+        items = sum(run() for _ in range(times))
         synchronize()
-        rates.append(items / (time.perf_counter() - started))
-    return max(rates)
+        return items, time.perf_counter() - started
+
+    measure(1)
+    times = math.ceil(LEAST_S / measure(1)[1])
+    return max(items / seconds for items, seconds in (measure(times) for _ in range(REPEATS)))
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:

@@ -7,12 +7,13 @@ crop has to be enlarged, the octaves that it lacks come from a sheet of fine det
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import random
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,6 +139,15 @@ def write_corpus(
                 _write_shard(path, numbers, photos, size, seed, on_images)
         _write_marker(folder, {**about, "complete": True})
     return [str(path) for path, _ in shards]
+
+
+def repeated(tars: Sequence[str], folder: Path, times: int) -> list[str]:
+    """Links in a new folder that make `times` as many tars of some."""
+    folder.mkdir(parents=True)
+    links = [folder / f"{at}-{Path(tar).name}" for at in range(times) for tar in tars]
+    for link, tar in zip(links, itertools.cycle(tars), strict=False):
+        link.symlink_to(Path(tar).absolute())
+    return [str(link) for link in links]
 
 
 def _shards(folder: Path, num_images: int, shard_images: int) -> list[tuple[Path, range]]:

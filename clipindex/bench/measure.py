@@ -185,10 +185,13 @@ def measure_end_to_end(
     batch_size: int,
     decode_per_s: dict[str, float],
     encode_per_s: float,
+    *,
+    passes: int,
 ) -> Measurement:
     """Images/s of the whole job, loading the model apart: the better of two runs, as a stage is the best of some.
 
-    `decode_per_s` has the rates of 'cpu' and, where there is one, 'cuda'.
+    `decode_per_s` has the rates of 'cpu' and, where there is one, 'cuda'; `passes` says how often `tars` have each
+    image.
     """
     runs: list[tuple[EmbedSummary, list[int]]] = []
     for at in range(2):
@@ -213,6 +216,6 @@ def measure_end_to_end(
         images_per_s=summary.images_per_s,
         ceiling_per_s=min(decode_per_s[summary.decode], encode_per_s),
         ceiling="the slower of decode and encode",
-        note=f"bound by {summary.stages.bound_by}; at work: {busy}{gpu};"
-        f" decoded on {summary.decode} ({summary.decode_reason})",
+        note=f"{summary.rows:,} rows, each image {passes} times; bound by {summary.stages.bound_by}; at work: {busy}"
+        f"{gpu}; decoded on {summary.decode} ({summary.decode_reason})",
     )

@@ -31,7 +31,14 @@ if TYPE_CHECKING:
     help="Of the random weights that architectures get; speed does not depend on them.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--images", type=click.IntRange(1), help="To embed end to end.  [default: 512 on CPU, 16384 on CUDA]")
+@click.option("--images", type=click.IntRange(1), help="Different ones to embed.  [default: 512 on CPU, 16384 on CUDA]")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0),
+    default=15,
+    show_default=True,
+    help="That embedding from end to end should take, going over the images as often as that needs.",
+)
 @click.option(
     "--work",
     type=click.Path(path_type=Path),
