@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from clipindex.allocator import share_one_arena
 from clipindex.devices import choose_device, choose_precision
 from clipindex.errors import ClassesError, UsageError
 from clipindex.logistic import ClassLists
@@ -94,6 +95,7 @@ def pose_task(
     dataset = read_dataset(folder)
     model = model_before_projection(folder, dataset) if pre_projection else dataset.model
     chosen_device = choose_device(device)
+    share_one_arena()
     part, classes, lists, _, left_out = _take(folder, label, None)
     part = replace(part, vectors=find_vectors(folder, dataset, model))
     rows = Streamed([part], features, chosen_device)
