@@ -1,6 +1,8 @@
 """Devices and precisions by name, and what `auto` means on this machine."""
 
 import os
+import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -83,6 +85,36 @@ def _cpu_flags() -> frozenset[str]:
         return frozenset()
     flags = (line.partition(":")[2] for line in lines if line.lower().startswith(("flags", "features")))
     return frozenset(next(flags, "").split())
+
+
+def stopwatch(device: torch.device) -> Callable[[], Callable[[], float]]:
+    """Begin to measure what this thread lets a device do.
+
+    Returns:
+        Ends it, without waiting; what that gives waits until the device is done, and says how many seconds it took.
+    """
+    if device.type != "cuda":
+        started = time.perf_counter()
+
+        def stop_clock() -> Callable[[], float]:
+            passed = time.perf_counter() - started
+            return lambda: passed
+
+        return stop_clock
+    # blocking: the core of a thread that waits is free for decoding
+    begin, end = (torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin.record(torch.cuda.current_stream(device))
+
+    def stop() -> Callable[[], float]:
+        end.record(torch.cuda.current_stream(device))
+
+        def seconds() -> float:
+            end.synchronize()
+            return float(begin.elapsed_time(end)) / 1e3
+
+        return seconds
+
+    return stop
 
 
 def machine_memory_bytes() -> int:

@@ -3,7 +3,7 @@
 import copy
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import open_clip
@@ -11,10 +11,10 @@ import torch
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock, Transformer
 from torch import nn
 
-from clipindex.devices import PRECISIONS
+from clipindex.devices import PRECISIONS, stopwatch
 from clipindex.errors import ModelError, UsageError
 from clipindex.models import LoadedModel, Project, cut_projection
-from clipindex.types import Float32Array, UInt8Array, Vectors
+from clipindex.types import Encoding, Float32Array, UInt8Array, Vectors
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class ImageTower:
         self.precision = precision
         self._device = device
         self._dtype = PRECISIONS[precision]
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._fitting = sys.maxsize
         """Images at once that did not exhaust the device's memory."""
         self._tower = _placed(loaded.model.get_submodule("visual"), device, self._dtype)
@@ -60,30 +61,49 @@ class ImageTower:
         memory: UInt8Array = torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned).numpy()
         return memory
 
-    @torch.inference_mode()
     def encode(self, images: UInt8Array) -> Vectors:
-        """Embed images, halving how many go at once while the device's memory is too small.
+        """Embed images, uint8 RGB [N, H, W, 3] of the model's size; as `begin`, and wait for it."""
+        return self.begin(images)().vectors
+
+    @torch.inference_mode()
+    def begin(self, images: UInt8Array) -> Callable[[], Encoding]:
+        """Begin to embed images, halving how many go at once while the device's memory is too small.
+
+        On a CUDA device nothing waits where the images' memory is pinned: while one batch is computed, the next is
+        copied there and its work lined up, so that the device always has some. On a CPU all is done at once.
 
         Args:
-            images: uint8 RGB [N, H, W, 3] of the model's size; copied to the device without waiting where the
-                memory is pinned.
+            images: uint8 RGB [N, H, W, 3] of the model's size, which have to stay as they are until the result is
+                there.
 
         Returns:
-            Embeddings; not-a-number passes through and shows in the norms.
+            Waits for the embeddings; not-a-number passes through and shows in the norms.
 
         Raises:
             ModelError: the tower gives something other than one vector an image.
             UsageError: the device's memory is too small for one.
         """
         if not len(images):
-            return Vectors(np.empty((0, self.info.dim), np.float32), np.empty(0, np.float32))
+            nothing = Vectors(np.empty((0, self.info.dim), np.float32), np.empty(0, np.float32))
+            return lambda: Encoding(nothing, 0.0)
         while True:
             try:
-                parts = [self._encode(images[at : at + self._fitting]) for at in range(0, len(images), self._fitting)]
+                return self._begin(images)
             except torch.OutOfMemoryError as error:
                 self._halve(len(images), error)
-                continue
-            return _concatenate(parts)
+
+    def _begin(self, images: UInt8Array) -> Callable[[], Encoding]:
+        pixels = self._copied(images)
+        stop = stopwatch(self._device)
+        parts = [self._embed(part) for part in torch.split(pixels, min(self._fitting, len(images)))]
+        columns = [torch.cat(column).to("cpu", non_blocking=True) for column in zip(*parts, strict=True)]
+        seconds = stop()
+
+        def finish() -> Encoding:
+            passed = seconds()  # until then nothing is in the columns
+            return Encoding(_vectors(columns), passed)
+
+        return finish
 
     def _halve(self, wanted: int, error: torch.OutOfMemoryError) -> None:
         tried = min(self._fitting, wanted)
@@ -93,17 +113,26 @@ class ImageTower:
         torch.cuda.empty_cache()
         log.warning("%s has no memory for %d images at once: going on with %d", self.device, tried, self._fitting)
 
-    def _encode(self, images: UInt8Array) -> Vectors:
+    def _copied(self, images: UInt8Array) -> torch.Tensor:
         # from_numpy warns of read-only memory; only such arrays are copied here.
         pixels = torch.from_numpy(np.require(images, np.uint8, ["C", "W"]))
-        pixels = pixels.to(self._device, non_blocking=pixels.is_pinned())
+        if self._copies is None:
+            return pixels
+        computing = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._copies):
+            there = pixels.to(self._device, non_blocking=pixels.is_pinned())
+        computing.wait_stream(self._copies)
+        there.record_stream(computing)  # or the allocator gave its memory to the next copy, while it is read
+        return there
+
+    def _embed(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """Unit vectors and norms; where they are wanted, those of the features before the projection too."""
         # NHWC read as NCHW is channels_last, the order in which convolutions are fastest: no transposition.
         nchw = pixels.permute(0, 3, 1, 2).to(torch.float32)
         pooled = _pooled(self._tower(torch.addcmul(self._shift, nchw, self._scale).to(self._dtype)))
         if self._project is None:
-            return Vectors(*_unit(pooled, self.info.dim))
-        projected = Vectors(*_unit(self._project(pooled), self.info.dim))
-        return projected._replace(pre_projection=Vectors(*_unit(pooled, pooled.shape[-1])))
+            return _unit(pooled, self.info.dim)
+        return _unit(self._project(pooled), self.info.dim) + _unit(pooled, pooled.shape[-1])
 
 
 class TextTower:
@@ -153,7 +182,7 @@ class TextTower:
             tokens = self._shortened(self._tokenize(texts[start : start + _TEXT_BATCH]))
             features = self._model.encode_text(tokens.to(self._device), normalize=False)
             parts.append(_unit(_pooled(features), self.info.dim)[0])
-        return np.concatenate(parts)
+        return torch.cat(parts).cpu().numpy()
 
     def _shortened(self, tokens: torch.Tensor) -> torch.Tensor:
         """The tokens up to the longest text's end: under a causal mask nothing after it reaches the pooled token.
@@ -170,15 +199,9 @@ class TextTower:
         return tokens[:, :length]
 
 
-def _concatenate(parts: Sequence[Vectors]) -> Vectors:
-    if len(parts) == 1:
-        return parts[0]
-    before = [part.pre_projection for part in parts if part.pre_projection is not None]
-    return Vectors(
-        np.concatenate([part.unit for part in parts]),
-        np.concatenate([part.norms for part in parts]),
-        _concatenate(before) if before else None,
-    )
+def _vectors(columns: Sequence[torch.Tensor]) -> Vectors:
+    unit, norms, *before = (column.numpy() for column in columns)
+    return Vectors(unit, norms, Vectors(before[0], before[1]) if before else None)
 
 
 def _pooled(features: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -186,7 +209,8 @@ def _pooled(features: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     return features[0] if isinstance(features, tuple) else features
 
 
-def _unit(pooled: torch.Tensor, dim: int) -> tuple[Float32Array, Float32Array]:
+def _unit(pooled: torch.Tensor, dim: int) -> list[torch.Tensor]:
+    """Unit vectors and norms, float32 [N, D] and [N], where `pooled` is."""
     if pooled.ndim != 2 or pooled.shape[1] != dim:
         raise ModelError(
             f"the tower gives {list(pooled.shape)} instead of [N, {dim}]: it is not pooled to one vector; "
@@ -195,7 +219,7 @@ def _unit(pooled: torch.Tensor, dim: int) -> tuple[Float32Array, Float32Array]:
     raw = pooled.to(torch.float32)
     norms = torch.linalg.vector_norm(raw, dim=1)
     unit = raw / norms.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
-    return unit.cpu().numpy(), norms.cpu().numpy()
+    return [unit, norms]
 
 
 def _placed(

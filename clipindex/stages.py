@@ -11,7 +11,6 @@ Item = TypeVar("Item")
 STAGES = ("read", "decode", "encode", "write")
 DEVICE_DECODE = "device decode"
 """A stage of runs in which a CUDA device decodes as well."""
-_WAIT = "wait"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,7 +22,7 @@ class StageTimes:
     bound_by: str
     """The busiest stage: a faster run begins there."""
     device_waited_s: float
-    """In which an encoder had no decoded batch to work on; summed over devices."""
+    """In which an encoder had nothing to work on; summed over devices."""
 
 
 class StageClock:
@@ -32,8 +31,9 @@ class StageClock:
     def __init__(self, decode_threads: int) -> None:
         self.decode_threads = decode_threads
         self.started = time.perf_counter()
-        self.seconds = dict.fromkeys((*STAGES, DEVICE_DECODE, _WAIT), 0.0)
-        """Thread-seconds; of decoding, which has many threads, what they computed rather than what passed."""
+        self.seconds = dict.fromkeys((*STAGES, DEVICE_DECODE), 0.0)
+        """Thread-seconds; of decoding, which has many threads, what they computed rather than what passed; of encoding,
+        what the device was at work."""
 
     @contextlib.contextmanager
     def timing(self, stage: str) -> Iterator[None]:
@@ -78,5 +78,5 @@ def stage_times(clocks: Sequence[StageClock]) -> StageTimes:
     return StageTimes(
         busy=busy,
         bound_by=max(busy, key=lambda stage: busy[stage]),
-        device_waited_s=round(sum(clock.seconds[_WAIT] for clock in clocks), 3),
+        device_waited_s=round(max(passed - sum(clock.seconds["encode"] for clock in clocks), 0.0), 3),
     )

@@ -3,7 +3,7 @@
 Shapes: N images of a batch, H x W target pixels, D embedding dimensions, C classes, K neighbours.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -140,6 +140,14 @@ class Vectors(NamedTuple):
         return Vectors(self.unit[rows], self.norms[rows], None if before is None else before.take(rows))
 
 
+class Encoding(NamedTuple):
+    """What an encoder made of a batch."""
+
+    vectors: Vectors
+    seconds: float
+    """That the device was at work on it."""
+
+
 class ImageEncoder(Protocol):
     """The image tower on a device, as the pipeline sees it; one thread uses it."""
 
@@ -155,6 +163,13 @@ class ImageEncoder(Protocol):
 
     def encode(self, images: UInt8Array) -> Vectors:
         """Embed uint8 RGB images [N, H, W, 3]."""
+        ...
+
+    def begin(self, images: UInt8Array) -> Callable[[], Encoding]:
+        """Begin to embed images, whose memory has to stay as it is until what is returned has been called.
+
+        That waits until they are done; further batches may be begun before.
+        """
         ...
 
 

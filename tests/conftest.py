@@ -2,11 +2,12 @@
 
 import hashlib
 import os
+import time
 
 import numpy as np
 import pytest
 
-from clipindex.types import ModelInfo, ModelSpec, Preprocess, Vectors
+from clipindex.types import Encoding, ModelInfo, ModelSpec, Preprocess, Vectors
 
 # PyTorch's and FAISS's threads that wait for each other do so asleep, here and in every process that a test starts:
 # spinning, they take a machine's cores from each other and from whatever else runs. Read when those are first imported.
@@ -41,6 +42,11 @@ class PixelEncoder:
         raw = blocks.reshape(len(images), -1) / 255
         norms = np.linalg.norm(raw, axis=1)
         return Vectors(raw / np.maximum(norms, 1e-12)[:, None], norms)
+
+    def begin(self, images):
+        started = time.perf_counter()
+        encoding = Encoding(self.encode(images), time.perf_counter() - started)
+        return lambda: encoding
 
 
 @pytest.fixture

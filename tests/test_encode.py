@@ -330,6 +330,26 @@ def test_cuda_agrees_with_the_cpu(loaded_models, name, precision, bound):
     assert cosines(TextTower(loaded, device=device, precision=precision).encode(TEXTS), text).min() >= bound
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_batches_that_are_begun_ahead_are_not_mixed_up(loaded_models):
+    loaded = loaded_models("vit")
+    tower = ImageTower(loaded, device=torch.device("cuda", 0), precision="fp32")
+    rng = np.random.default_rng(0)
+    batches = []
+    for size in (64, 64, 7, 64, 33, 64, 1, 64) * 4:
+        batch = tower.new_batch(64)
+        batch[:] = rng.integers(0, 256, batch.shape, np.uint8)
+        batches.append(batch[:size])
+    expected = [tower.encode(batch) for batch in batches]
+    begun = [tower.begin(batch) for batch in batches]
+    for finish, (unit, norms, _) in zip(begun, expected, strict=True):
+        vectors, seconds = finish()
+        np.testing.assert_allclose(vectors.unit, unit, atol=1e-5)
+        np.testing.assert_allclose(vectors.norms, norms, rtol=1e-4)
+        assert 0 < seconds < 60
+
+
 def features_before_projection(loaded, images):
     """What goes into the last layer, seen from outside: by a hook, by open_clip's own switch, or undone."""
     visual = loaded.model.visual

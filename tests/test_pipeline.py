@@ -15,7 +15,7 @@ from clipindex.pipeline import Progress, embed_shards
 from clipindex.pipeline import run as pipeline_run
 from clipindex.shards import list_shards, read_samples
 from clipindex.store import open_dataset, published_shards, read_embeddings, read_rejects
-from clipindex.types import Sample
+from clipindex.types import Encoding, Sample
 
 
 def run(corpus, out, encoder=None, **options):
@@ -170,6 +170,38 @@ def test_progress_counts_up_to_the_whole(tmp_path, corpus):
     assert [c.rows + c.rejects for c in counts] == sorted(c.rows + c.rejects for c in counts)
     assert (counts[-1].rows + counts[-1].rejects, counts[-1].shards) == (39, 4)
     assert counts[-1].bytes == sum(shard.size for shard in list_shards([str(corpus)]))
+
+
+class Deferred(PixelEncoder):
+    """Looks at the pixels when it is waited for, and at no time before: the last moment at which a device may."""
+
+    device = "cuda:0"
+
+    def __init__(self):
+        super().__init__()
+        self.begun, self.ahead = 0, []
+
+    def begin(self, images):
+        self.begun += 1
+        number = self.begun
+
+        def finish():
+            self.ahead.append(self.begun - number)
+            return Encoding(self.encode(images), 0.0)
+
+        return finish
+
+
+def test_the_device_has_its_next_batch_before_the_last_one_is_waited_for(tmp_path, corpus):
+    encoder = Deferred()
+    run(corpus, tmp_path / "deferred", encoder, batch_size=2)
+    assert encoder.begun > 10
+    assert encoder.ahead == [1] * (encoder.begun - 1) + [0]
+    run(corpus, tmp_path / "at-once", batch_size=2)
+    for later, sooner in zip(
+        read_embeddings(tmp_path / "deferred"), read_embeddings(tmp_path / "at-once"), strict=True
+    ):
+        np.testing.assert_array_equal(later.embedding, sooner.embedding)
 
 
 class SlowEncoder(PixelEncoder):

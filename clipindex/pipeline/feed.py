@@ -67,7 +67,9 @@ def lay_batches(
     yield batch
 
 
-def decoded(batches: Generator[Batch, None, None], clock: StageClock) -> Iterator[tuple[Batch, list[Outcome]]]:
+def decoded(
+    batches: Generator[Batch, None, None], clock: StageClock
+) -> Generator[tuple[Batch, list[Outcome]], None, None]:
     """Hand on each batch when all of its slots are decoded, with their outcomes."""
     with contextlib.closing(batches):
         for batch in batches:

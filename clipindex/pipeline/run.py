@@ -3,7 +3,7 @@
     reader thread     tars ─▶ samples ─▶ slots of a fixed-size batch     (one thread; tar order)
     decode threads    encoded bytes ─▶ uint8 pixels, straight into slots (N threads; libjpeg and PyTorch drop the GIL;
                       where a CUDA device decodes, each hands it the ordinary JPEGs of its chunk before the others)
-    encode thread     batch ─▶ embeddings                                (one thread)
+    encode thread     batch ─▶ embeddings                                (one thread, a batch ahead of a CUDA device)
     caller's thread   rows go home to their shards, in order ─▶ Parquet  (a thread too where there are several devices)
 
 What is in memory: the pixel buffers, which are reused, and the encoded bytes of the samples in them. Several devices
@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from clipindex.decode import MAX_PIXELS, decode_image
 from clipindex.pipeline.alone import LoneDecoder
-from clipindex.pipeline.batch import Batch, EncodedBatch
+from clipindex.pipeline.batch import Batch, EncodedBatch, Outcome
 from clipindex.pipeline.device_share import DeviceShare
 from clipindex.pipeline.feed import Decode, decoded, lay_batches
 from clipindex.pipeline.home import Counts, Home, ShardResult
@@ -30,11 +30,11 @@ from clipindex.shards import MAX_BYTES
 from clipindex.stages import StageClock, StageTimes, stage_times
 from clipindex.store import Dataset, published_record
 from clipindex.threads import merge, num_cores, prefetch
-from clipindex.types import ImageEncoder, Reject, Shard, UInt8Array, Vectors
+from clipindex.types import Encoding, ImageEncoder, Reject, Shard, UInt8Array
 
 Item = TypeVar("Item")
-Encode = Callable[[UInt8Array], Vectors]
-"""As `ImageEncoder.encode`."""
+Begin = Callable[[UInt8Array], Callable[[], Encoding]]
+"""As `ImageEncoder.begin`."""
 
 BATCHES_AHEAD = 2
 """Assembled batches that wait for the device: one to start on at once, one in case the next decodes slowly."""
@@ -180,9 +180,9 @@ def _embed_on(
     batch_size: int,
     clock: StageClock,
 ) -> Generator[list[ShardResult], None, None]:
-    stages = _taking_turns(decode, encoder.encode) if encoder.device == "cpu" else (decode, encoder.encode)
+    stages = _taking_turns(decode, encoder.begin) if encoder.device == "cpu" else (decode, encoder.begin)
     with ThreadPoolExecutor(clock.decode_threads, thread_name_prefix="decode") as pool:
-        # In flight at once: those ahead, one being laid, one waiting for the queue, one in the encoder.
+        # In flight at once: those ahead, one being laid or waiting for the queue, two in the encoder.
         buffers = [encoder.new_batch(batch_size) for _ in range(BATCHES_AHEAD + 3)]
         batches = clock.timed("read", laid(stages[0], buffers, pool))
         encoded = prefetch(_encode(prefetch(batches, BATCHES_AHEAD), stages[1], clock), 1)
@@ -193,7 +193,7 @@ def _embed_on(
             pool.shutdown(cancel_futures=True)
 
 
-def _taking_turns(decode: Decode, encode: Encode) -> tuple[Decode, Encode]:
+def _taking_turns(decode: Decode, begin: Begin) -> tuple[Decode, Begin]:
     """Decoding and encoding that leave each other the cores.
 
     On a CPU both want all of them. Side by side, every thread of a matrix product waits for the one whose core a
@@ -206,21 +206,37 @@ def _taking_turns(decode: Decode, encode: Encode) -> tuple[Decode, Encode]:
         free.wait()
         return decode(data, out, is_suspect)
 
-    def encode_in_turn(images: UInt8Array) -> Vectors:
+    def begin_in_turn(images: UInt8Array) -> Callable[[], Encoding]:
         free.clear()
         try:
-            return encode(images)
+            return begin(images)
         finally:
             free.set()
 
-    return decode_in_turn, encode_in_turn
+    return decode_in_turn, begin_in_turn
 
 
-def _encode(batches: Generator[Batch, None, None], encode: Encode, clock: StageClock) -> Iterator[EncodedBatch]:
-    with contextlib.closing(clock.timed("wait", decoded(batches, clock))) as ready:
+def _encode(batches: Generator[Batch, None, None], begin: Begin, clock: StageClock) -> Iterator[EncodedBatch]:
+    """Send each batch home when the next one has been begun, so that the device never waits for this thread."""
+    begun: Callable[[], EncodedBatch] | None = None
+    with contextlib.closing(decoded(batches, clock)) as ready:
         for batch, outcomes in ready:
-            vectors = None
-            if any(not isinstance(outcome, Reject) for outcome in outcomes):
-                with clock.timing("encode"):
-                    vectors = encode(batch.images[: batch.used])
-            yield EncodedBatch(batch.events, outcomes, vectors)
+            before, begun = begun, _begun(batch, outcomes, begin, clock)
+            if before is not None:
+                yield before()
+    if begun is not None:
+        yield begun()
+
+
+def _begun(batch: Batch, outcomes: list[Outcome], begin: Begin, clock: StageClock) -> Callable[[], EncodedBatch]:
+    has_pixels = any(not isinstance(outcome, Reject) for outcome in outcomes)
+    finish = begin(batch.images[: batch.used]) if has_pixels else None
+
+    def home() -> EncodedBatch:
+        if finish is None:
+            return EncodedBatch(batch.events, outcomes, None)
+        vectors, seconds = finish()
+        clock.seconds["encode"] += seconds
+        return EncodedBatch(batch.events, outcomes, vectors)
+
+    return home
