@@ -20,12 +20,12 @@ _LABEL_BYTES = 36
 """Of an integer and its place in a tuple."""
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """A sample on its way to a row: its pixels are at `index` of the batch's buffer."""
+class Slot(NamedTuple):
+    """A sample on its way to a row; a tuple, as samples are."""
 
     sample: Sample
-    index: int
+    place: int
+    """Where its pixels are in the batch's buffer."""
 
 
 @dataclass(frozen=True, slots=True)

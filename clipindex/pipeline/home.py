@@ -98,21 +98,21 @@ class Home:
         if not run:
             return
         assert self._writer is not None
+        faulty = _faulty_norms(batch.vectors)
         rows: list[Slot] = []
         for slot in run:
-            outcome = batch.outcomes[slot.index]
+            outcome = batch.outcomes[slot.place]
             if isinstance(outcome, Reject):
                 self._reject_home(outcome)
                 continue
-            assert batch.vectors is not None
-            norm = _worst_norm(batch.vectors, slot.index)
-            if np.isfinite(norm) and norm > 0:
-                rows.append(slot)
-            else:
-                self._reject_home(sample_reject(slot.sample, "encode", f"embedding of norm {norm}"))
+            if slot.place in faulty:
+                reason = f"embedding of norm {faulty[slot.place]}"
+                self._reject_home(sample_reject(slot.sample, "encode", reason))
+                continue
+            rows.append(slot)
         if rows:
             assert batch.vectors is not None
-            at = [slot.index for slot in rows]
+            at = [slot.place for slot in rows]
             sizes = [size for index in at if not isinstance(size := batch.outcomes[index], Reject)]
             self._writer.append([slot.sample for slot in rows], batch.vectors.take(at), sizes)
         self._rows += len(rows)
@@ -148,10 +148,11 @@ class Home:
         return ShardResult(shard=end.shard, record=record, error=None, reject_stages=self._stages, is_ours=is_ours)
 
 
-def _worst_norm(vectors: Vectors, row: int) -> np.float32:
-    """Of an image's one or two vectors, that which is no number or nothing, if one is."""
-    norms = [vectors.norms[row]]
-    if vectors.pre_projection is not None:
-        norms.append(vectors.pre_projection.norms[row])
-    worst: np.float32 = min(norms, key=lambda norm: np.isfinite(norm) and norm > 0)
-    return worst
+def _faulty_norms(vectors: Vectors | None) -> dict[int, float]:
+    """Of images with a vector, or one of two, that is no number or nothing: its norm, by row."""
+    if vectors is None:
+        return {}
+    faulty = np.flatnonzero(~((vectors.norms > 0) & (vectors.norms < np.inf)))
+    return _faulty_norms(vectors.pre_projection) | dict(
+        zip(faulty.tolist(), vectors.norms[faulty].tolist(), strict=True)
+    )
