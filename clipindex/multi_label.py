@@ -18,6 +18,9 @@ from clipindex.types import Float32Array, IntArray
 
 log = logging.getLogger(__name__)
 
+BOX_NUMBERS = 4
+"""A list of so many may be of anything; where all are, they are likelier to be boxes than classes."""
+
 
 class LabelLists(NamedTuple):
     """The lists of n consecutive rows."""
@@ -65,6 +68,7 @@ def check_labels(folder: Path, shards: Sequence[str] | None, num_classes: int) -
         StoreError: A file is damaged.
     """
     listed = single = 0
+    lengths: set[int] = set()
     fault: str | None = None
     for name, columns in read_columns(folder, ("key", "label", "labels"), shards):
         values = columns["label"].fill_null(0).to_numpy()
@@ -75,7 +79,10 @@ def check_labels(folder: Path, shards: Sequence[str] | None, num_classes: int) -
             lists = unpack_labels(columns["labels"])
             fault = fault or _first_beyond(name, columns["key"], lists.rows, lists.classes, num_classes)
             listed += int(lists.is_labelled.sum())
+            lengths.update(pc.list_value_length(columns["labels"]).drop_null().unique().to_pylist())
         single += int(pc.sum(pc.and_(columns["label"].is_valid(), columns["labels"].is_null())).as_py() or 0)
+    if listed > 1 and lengths == {BOX_NUMBERS}:
+        log.warning("all %s lists of labels have four numbers; boxes in .json belong into an object", f"{listed:,}")
     if fault is not None:
         log.warning("mAP is left out, since not all lists are of these classes: %s", fault)
     return listed + single if listed else 0, fault

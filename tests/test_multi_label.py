@@ -194,6 +194,15 @@ def test_lists_beyond_the_names_are_no_classes_and_stop_nothing(tmp_path, caplog
     assert "no mAP of 4 rows with lists: label 10 of key 'k2'" in done
 
 
+@pytest.mark.parametrize(("last", "is_told"), [(b"[20, 5, 6, 7]", True), (b"[20, 5, 6]", False)])
+def test_lists_that_look_like_boxes_are_said(tmp_path, caplog, last, is_told):
+    folder = embed_members(tmp_path, [("json", b"[1, 2, 3, 4]"), ("cls", b"1"), ("json", last)])
+    found = classify(folder, classes=list(map(str, range(30))), out=tmp_path / "p", **HERE)
+    assert found.mean_average_precision is not None
+    said = "all 2 lists of labels have four numbers; boxes in .json belong into an object"
+    assert [record.getMessage() for record in caplog.records] == [said] * is_told
+
+
 def test_a_fit_ends_where_float32_tells_nothing_any_more(digits, tmp_path):
     found = train_probe(digits, label="labels", c=10**-5.5, held_out=0.3, out=tmp_path, device="cpu")
     assert found.training["converged"] and found.training["passes"] < 30
