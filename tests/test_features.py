@@ -110,8 +110,8 @@ def test_texts_are_refused_where_there_is_no_space_for_them(folders, name, messa
     [
         ("projected", "pre-projection", FingerprintError, "holds projected features .* pass --features projected"),
         ("pre-projection", "projected", FingerprintError, "512-d, before the .* pass --features pre-projection"),
-        ("projected", "both", StoreError, "holds no features before the projection; pass --features projected"),
-        ("both", "projected", StoreError, "holds also features before the projection; pass --features both"),
+        ("projected", "both", StoreError, "holds no features before the projection; name .* pass --features projected"),
+        ("both", "projected", StoreError, "holds also features before the projection; name .* pass --features both"),
     ],
 )
 def test_kinds_of_features_are_not_mixed(folders, name, features, error, message):

@@ -191,7 +191,7 @@ def test_lists_beyond_the_names_are_no_classes_and_stop_nothing(tmp_path, caplog
     assert metrics["no_average_precision"] == found.no_average_precision
     (tmp_path / "names.txt").write_text("a\nb\nc\n")
     done = clipindex("classify", folder, "--classes", tmp_path / "names.txt", "--device", "cpu")
-    assert "no mAP of 4 rows with lists: label 10 of key 'k2'" in done
+    assert "no mAP of 4 rows: label 10 of key 'k2'" in done
 
 
 @pytest.mark.parametrize(("last", "is_told"), [(b"[20, 5, 6, 7]", True), (b"[20, 5, 6]", False)])

@@ -26,7 +26,9 @@ class Twins:
 
     def __init__(self, folder: Path, records: Mapping[str, ShardRecord]) -> None:
         self._folder = folder
-        self._records = records
+        self._by_rows: dict[int, list[str]] = {}
+        for name, record in records.items():
+            self._by_rows.setdefault(record.rows, []).append(name)
         self._by_first: dict[int, dict[bytes, list[str]]] = {}
 
     def find(self, pair: Pair, dim: int) -> str | None:
@@ -44,12 +46,12 @@ class Twins:
 
     def _with_first(self, vectors: np.ndarray[Any, Any]) -> Iterable[str]:
         """Shards with as many rows, of which the first has the same vector."""
-        names = [name for name, record in self._records.items() if record.rows == len(vectors) > 0]
-        if not names:
+        count = len(vectors)
+        if not count or count not in self._by_rows:
             return ()
-        if len(vectors) not in self._by_first:
-            self._by_first[len(vectors)] = _by_first(self._folder, names)
-        return self._by_first[len(vectors)].get(_halves(to_unit(vectors[:1]).unit).tobytes(), ())
+        if count not in self._by_first:
+            self._by_first[count] = _by_first(self._folder, self._by_rows[count])
+        return self._by_first[count].get(_halves(to_unit(vectors[:1]).unit).tobytes(), ())
 
 
 def _by_first(folder: Path, names: Sequence[str]) -> dict[bytes, list[str]]:

@@ -170,7 +170,8 @@ def claim_dataset(folder: Path, wanted: Dataset) -> Dataset:
         has = "also" if found.pre_projection else "no"
         option = "both" if found.pre_projection else "projected"
         raise StoreError(
-            f"{folder} holds {has} features before the projection; pass --features {option} or another --out"
+            f"{folder} holds {has} features before the projection; name another --out, or where you embed pass"
+            f" --features {option}"
         )
     return found
 
