@@ -13,10 +13,13 @@ import pyarrow.compute as pc
 from clipindex.average_precision import BLOCK_SCORES, AveragePrecision, ScoreBlock, measure_average_precision
 from clipindex.errors import ClassesError
 from clipindex.index.exact import widened
-from clipindex.store import read_columns, read_embeddings
+from clipindex.store import LABELS_TYPE, read_columns, read_embeddings
 from clipindex.types import Float32Array, IntArray
 
 log = logging.getLogger(__name__)
+
+BOX_NUMBERS = 4
+"""A list of so many may be of anything; where all are, they are likelier to be boxes than classes."""
 
 
 class LabelLists(NamedTuple):
@@ -40,17 +43,32 @@ def unpack_labels(column: pa.ListArray) -> LabelLists:
     )
 
 
+def with_single_labels(label: pa.Array, labels: pa.ListArray) -> pa.ListArray:
+    """The column `labels` of some rows, where one that has a single label in its place has the list of that label.
+
+    Negative labels are no classes of a list: such rows stay without one.
+    """
+    numbers = label.fill_null(-1).to_numpy()
+    is_single = np.asarray(labels.is_null()).astype(np.bool_) & (numbers >= 0)
+    ends = np.concatenate([[0], np.cumsum(is_single)]).astype(np.int32)
+    values = pa.array(numbers[is_single], pa.int32())
+    singles = pa.ListArray.from_arrays(pa.array(ends), values, type=LABELS_TYPE, mask=pa.array(~is_single))
+    return pc.coalesce(labels, singles)
+
+
 def check_labels(folder: Path, shards: Sequence[str] | None, num_classes: int) -> tuple[int, str | None]:
     """Refuse single labels beyond the classes; warn of lists with such, since a list may be of something else.
 
     Returns:
-        How many rows have lists, and why they cannot be ranked, if they cannot.
+        How many rows are to be ranked, which are those with lists and, where there are any, those with a single label;
+        and why they cannot be, if they cannot.
 
     Raises:
         ClassesError: A single label is beyond; the first one is named.
         StoreError: A file is damaged.
     """
-    multi_labelled = 0
+    listed = single = 0
+    lengths: set[int] = set()
     fault: str | None = None
     for name, columns in read_columns(folder, ("key", "label", "labels"), shards):
         values = columns["label"].fill_null(0).to_numpy()
@@ -60,10 +78,14 @@ def check_labels(folder: Path, shards: Sequence[str] | None, num_classes: int) -
         if columns["labels"].null_count < len(values):
             lists = unpack_labels(columns["labels"])
             fault = fault or _first_beyond(name, columns["key"], lists.rows, lists.classes, num_classes)
-            multi_labelled += int(lists.is_labelled.sum())
+            listed += int(lists.is_labelled.sum())
+            lengths.update(pc.list_value_length(columns["labels"]).drop_null().unique().to_pylist())
+        single += int(pc.sum(pc.and_(columns["label"].is_valid(), columns["labels"].is_null())).as_py() or 0)
+    if listed > 1 and lengths == {BOX_NUMBERS}:
+        log.warning("all %s lists of labels have four numbers; boxes in .json belong into an object", f"{listed:,}")
     if fault is not None:
         log.warning("mAP is left out, since not all lists are of these classes: %s", fault)
-    return multi_labelled, fault
+    return listed + single if listed else 0, fault
 
 
 def class_average_precision(
@@ -72,7 +94,7 @@ def class_average_precision(
     shards: Sequence[str],
     on_rows: Callable[[int], None] = lambda rows: None,
 ) -> AveragePrecision:
-    """How well cosines to class vectors rank the rows of a directory that have lists of classes.
+    """How well cosines to class vectors rank the rows of a directory that have lists of classes, or a single one.
 
     Args:
         folder: The embedding directory.
@@ -93,9 +115,9 @@ def class_average_precision(
 
 
 def _labelled(folder: Path, shards: Sequence[str], at_once: int) -> Iterator[tuple[np.ndarray[Any, Any], LabelLists]]:
-    """Embeddings of the rows that have lists, so many at most at once."""
-    for batch in read_embeddings(folder, ("labels",), shards):
-        column = batch.columns["labels"]
+    """Embeddings of the rows that have lists or a single label, so many at most at once."""
+    for batch in read_embeddings(folder, ("label", "labels"), shards):
+        column = with_single_labels(batch.columns["label"], batch.columns["labels"])
         kept = np.flatnonzero(np.asarray(column.is_valid()))
         for first in range(0, len(kept), at_once):
             rows = kept[first : first + at_once]

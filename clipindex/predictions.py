@@ -27,6 +27,7 @@ def prediction_table(batch: EmbeddingBatch, found: Neighbours, names: pa.StringA
             "key": batch.columns["key"],
             "shard": pa.repeat(batch.shard.name, len(found.ids)),
             "label": batch.columns["label"],
+            "labels": batch.columns["labels"],
             "class_id": lists(ids),
             "class_name": lists(names.take(ids)),
             "cosine": lists(cosines),
@@ -58,7 +59,7 @@ class PredictionWriter:
             self._finish()
             self.shards.append(shard)
             # Class ids and names repeat; cosines do not, and a dictionary of them takes half of the writing time.
-            repeating = ["shard", "label", "class_id.list.element", "class_name.list.element"]
+            repeating = ["shard", "label", *(f"{name}.list.element" for name in ("labels", "class_id", "class_name"))]
             self._parquet = AtomicParquet(
                 self._target / f"{shard}.parquet", table.schema, compression="zstd", use_dictionary=repeating
             )

@@ -18,6 +18,7 @@ from clipindex.errors import SampleError, SourceError, StoreError, UsageError
 from clipindex.models import LoadedModel, load_model_of
 from clipindex.nearest import Filter, Nearest, nearest
 from clipindex.store import (
+    LABELS_TYPE,
     AtomicParquet,
     Dataset,
     VectorReader,
@@ -35,7 +36,7 @@ ATTEMPTS = 5
 MOST_HITS = 1_000_000
 """Of a query; more are an export."""
 
-_COLUMNS = ("key", "label", "caption", "tar_offset", "tar_size")
+_COLUMNS = ("key", "label", "labels", "caption", "tar_offset", "tar_size")
 _STARTS = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II*": "tif", b"MM": "tif"}
 _HITS_SCHEMA = pa.schema(
     [
@@ -47,6 +48,7 @@ _HITS_SCHEMA = pa.schema(
         ("shard", pa.string()),
         ("row", pa.int64()),
         ("label", pa.int32()),
+        ("labels", LABELS_TYPE),
         ("caption", pa.string()),
         ("url", pa.string()),
         ("tar_offset", pa.int64()),
@@ -85,6 +87,8 @@ class Hit:
     tar_offset: int | None
     """None where the tar is compressed, or where there is none."""
     tar_size: int
+    labels: tuple[int, ...] | None = None
+    """Of a row with any number of classes."""
 
 
 def search(
@@ -299,7 +303,9 @@ def _hits(folder: Path, found: Nearest) -> list[list[Hit]]:
     for shard, wanted in by_shard.items():
         urls[shard] = read_record(folder / "embeddings" / f"{shard}.parquet").url
         values = read_rows(folder, shard, sorted(wanted), _COLUMNS).to_pylist()
-        columns.update({(shard, row): value for row, value in zip(sorted(wanted), values, strict=True)})
+        for row, value in zip(sorted(wanted), values, strict=True):
+            labels = value.pop("labels", None)  # which files of before there were lists lack
+            columns[shard, row] = {**value, "labels": None if labels is None else tuple(labels)}
     return [
         [
             # Rounded to float16, a vector may be a hair longer than one.

@@ -14,7 +14,7 @@ from corpus import labelled, write_tar
 
 from clipindex import embed, export_embeddings, import_embeddings, read_embeddings, verify
 from clipindex.cli import commands
-from clipindex.errors import StoreError, UsageError
+from clipindex.errors import FingerprintError, StoreError, UsageError
 from clipindex.exchange import FORMATS
 from clipindex.store import published_shards
 
@@ -94,6 +94,45 @@ def test_there_and_back(made, tmp_path):
     assert set(table["tar_url"].to_pylist()) == set(table["tar_size"].to_pylist()) == {None}
     import_embeddings(tmp_path / "x2", tmp_path / "back2", model="demo")
     assert [json.loads(row["meta"]) for row in rows_of(tmp_path / "back2")[0]] == metas
+
+
+@pytest.mark.parametrize("source", ["out", "wide"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_rows_that_come_home_are_there_already(made, tmp_path, source, dtype):
+    own = {"out": "float16", "wide": "float32"}[source]
+    shutil.copytree(made / source, tmp_path / "emb")
+    before = files(tmp_path / "emb")
+    names = [record.name for record in published_shards(tmp_path / "emb").values() if record.rows]
+    export_embeddings(tmp_path / "emb", tmp_path / "x", format="npy", dtype=dtype)
+    found = import_embeddings(tmp_path / "x", tmp_path / "emb", model="demo", dtype=own)
+    assert (found.shards, found.shards_imported, found.shards_failed, found.rows) == (2, 0, {}, 0)
+    assert list(found.shards_there.values()) == names
+    assert files(tmp_path / "emb") == before
+    # As a job does every night: export what has grown, into a new folder, and import it where the rest is already.
+    import_embeddings(tmp_path / "x", tmp_path / "back", model="demo", dtype=own)
+    write_tar(tmp_path / "d.tar", labelled(["d0", "d1"]))
+    embed(str(tmp_path / "d.tar"), tmp_path / "emb", model="demo", dtype=own, **HERE)
+    export_embeddings(tmp_path / "emb", tmp_path / "x2", format="npy", dtype=dtype)
+    again = import_embeddings(tmp_path / "x2", tmp_path / "back", model="demo", dtype=own)
+    assert (again.shards_imported, len(again.shards_there), again.rows) == (1, 2, 2)
+    keys = [row["key"] for row in rows_of(tmp_path / "back")[0]]
+    assert sorted(keys) == sorted(row["key"] for row in rows_of(tmp_path / "emb")[0])
+
+
+def test_an_export_comes_back_as_its_own_models_only(made, tmp_path):
+    export_embeddings(made / "out", tmp_path / "x", format="npy")
+    for source, options in (
+        (tmp_path / "x", {}),
+        (tmp_path / "x/img_emb/img_emb_0000.npy", {"ids": tmp_path / "x/metadata/metadata_0000.parquet"}),
+    ):
+        with pytest.raises(FingerprintError, match="is an export of embeddings .*, not of RN50 .* _export.json names"):
+            import_embeddings(source, tmp_path / "back", model="RN50", random_init=0, **options)
+    assert not (tmp_path / "back").exists()
+    (tmp_path / "x" / "_export.json").write_text("{")
+    with pytest.raises(StoreError, match="_export.json is damaged"):
+        import_embeddings(tmp_path / "x", tmp_path / "back", model="demo")
+    (tmp_path / "x" / "_export.json").write_text('["somebody else\'s"]')
+    assert import_embeddings(tmp_path / "x", tmp_path / "back", model="demo").rows == 37
 
 
 @pytest.mark.parametrize("source", ["out", "wide"])

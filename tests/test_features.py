@@ -18,6 +18,7 @@ from clipindex import (
     evaluate_probe,
     export_embeddings,
     few_shot_curve,
+    import_embeddings,
     read_embeddings,
     read_probe,
     search,
@@ -109,8 +110,8 @@ def test_texts_are_refused_where_there_is_no_space_for_them(folders, name, messa
     [
         ("projected", "pre-projection", FingerprintError, "holds projected features .* pass --features projected"),
         ("pre-projection", "projected", FingerprintError, "512-d, before the .* pass --features pre-projection"),
-        ("projected", "both", StoreError, "holds no features before the projection; pass --features projected"),
-        ("both", "projected", StoreError, "holds also features before the projection; pass --features both"),
+        ("projected", "both", StoreError, "holds no features before the projection; name .* pass --features projected"),
+        ("both", "projected", StoreError, "holds also features before the projection; name .* pass --features both"),
     ],
 )
 def test_kinds_of_features_are_not_mixed(folders, name, features, error, message):
@@ -229,6 +230,29 @@ def test_either_kind_is_exported(folders, tmp_path, form, caplog):
         assert (said in caplog.text) is not before
     with pytest.raises(StoreError, match="holds another export"):
         export_embeddings(folders / "both", tmp_path / "embedding", format=form, dtype="float32", pre_projection=True)
+
+
+@pytest.mark.parametrize("source", ["both", "pre-projection"])
+def test_features_before_the_projection_come_back_as_what_they_are(folders, tmp_path, source):
+    export_embeddings(folders / source, tmp_path / "x", format="npy", pre_projection=True)
+    found = import_embeddings(tmp_path / "x", tmp_path / "back", model="demo")
+    info = read_dataset(folders / source).before_projection()
+    assert read_dataset(tmp_path / "back").model == info
+    assert (found.fingerprint, found.rows, found.shards_failed) == (info.fingerprint, 49, {})
+    assert verify(tmp_path / "back").faults == []
+    column = PRE_PROJECTION if source == "both" else "embedding"
+    for one, other in zip(vectors(folders / source, column), vectors(tmp_path / "back", "embedding"), strict=True):
+        assert np.array_equal(one, other)
+    # One file of them too; and no directory of projected ones takes them.
+    one = tmp_path / "x" / "img_emb" / "img_emb_0000.npy"
+    ids = tmp_path / "x" / "metadata" / "metadata_0000.parquet"
+    import_embeddings(one, tmp_path / "one", model="demo", ids=ids)
+    assert read_dataset(tmp_path / "one").model == info
+    for name in ("projected", "both"):
+        with pytest.raises(FingerprintError, match="holds projected features of demo .*, not pre-projection ones"):
+            import_embeddings(tmp_path / "x", folders / name, model="demo")
+    with pytest.raises(ModelError, match="share no space with texts"):
+        search(tmp_path / "back", [Query(texts=("a cat",))])
 
 
 def test_exporting_what_there_is_not(folders, tmp_path, caplog):

@@ -390,6 +390,83 @@ def test_rows_without_vectors_are_said(tmp_path):
     assert summary.rows == 5
 
 
+@pytest.mark.parametrize("how", ["before", "while it is read"])
+def test_what_fails_claims_no_directory(tmp_path, how):
+    put(tmp_path / "c", "0", unit(5000), frame(5000))
+    path = tmp_path / "c" / "img_emb" / "img_emb_0.npy"
+    if how == "before":
+        given = {"random_init": 0, "dtype": "float32", "model": "RN50"}
+    else:
+        given = {"dtype": "float32", "model": "demo", "on_progress": lambda rows, share: os.utime(path, (1, rows))}
+    failed = import_embeddings(tmp_path / "c", tmp_path / "out", **given).shards_failed
+    assert list(failed) == [str(path)]
+    assert [one for one in (tmp_path / "out").rglob("*") if one.is_file()] == []
+    # So that another model, or another dtype, may be meant the next time.
+    assert take(tmp_path / "c", tmp_path / "out").rows == 5000
+    assert verify(tmp_path / "out").faults == []
+    with pytest.raises(StoreError, match="--dtype float16"):
+        take(tmp_path / "c", tmp_path / "out", dtype="float32")
+
+
+def test_a_directory_that_another_run_claims_meanwhile_is_not_mixed(tmp_path):
+    put(tmp_path / "c", "0", unit(5), frame(5))
+    put(tmp_path / "d", "0", unit(7), frame(7))
+
+    def other(rows, share):
+        take(tmp_path / "d", tmp_path / "out", dtype="float32")
+
+    with pytest.raises(StoreError, match="holds float32 embeddings"):
+        take(tmp_path / "c", tmp_path / "out", on_progress=other)
+    assert [record.rows for record in published_shards(tmp_path / "out").values()] == [7]
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def test_files_that_were_moved_are_known_again_by_their_rows(tmp_path):
+    for number in range(2):
+        put(tmp_path / "c", number, unit(5000, number) * (number + 1), frame(5000))
+    take(tmp_path / "c", tmp_path / "out")
+    (tmp_path / "c").rename(tmp_path / "moved")
+    put(tmp_path / "moved", 2, unit(9, 2), frame(9))
+    again = take(tmp_path / "moved", tmp_path / "out")
+    assert (again.shards, again.shards_imported, again.rows) == (3, 1, 9)
+    published = published_shards(tmp_path / "out")
+    names = {Path(file).name: Path(published[shard].url).name for file, shard in again.shards_there.items()}
+    assert names == {"img_emb_0.npy": "img_emb_0.npy", "img_emb_1.npy": "img_emb_1.npy"}
+    assert (len(published), len(taken(tmp_path / "out")[0])) == (3, 10009)
+    done = run_cli("import", tmp_path / "moved", "--out", tmp_path / "out", "--model", "demo")
+    assert done.returncode == 0
+    said = r"2 files have rows that are there already, such as .*img_emb_0.npy \(shard img_emb-.*\): passed over"
+    assert re.search(said, done.stdout)
+
+
+OTHERS = {
+    "other keys": lambda vectors, rows: (vectors, rows.assign(image_path=rows["image_path"] + "x")),
+    "other keys at the end": lambda vectors, rows: (vectors, rows.replace("k4999", "other")),
+    "other vectors": lambda vectors, rows: (np.concatenate([vectors[:1], vectors[:0:-1]]), rows),
+    "another vector at the end": lambda vectors, rows: (np.concatenate([vectors[:-1], vectors[:1]]), rows),
+    "another order": lambda vectors, rows: (vectors[::-1], rows[::-1]),
+    "fewer rows": lambda vectors, rows: (vectors[:4999], rows[:4999]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_rows_that_differ_are_others(tmp_path, name):
+    put(tmp_path / "c", 0, unit(5000), frame(5000))
+    take(tmp_path / "c", tmp_path / "out")
+    put(tmp_path / "d", 0, *OTHERS[name](unit(5000), frame(5000)))
+    summary = take(tmp_path / "d", tmp_path / "out")
+    assert (summary.shards_imported, summary.shards_there) == (1, {})
+
+
+def test_a_file_is_no_twin_of_its_own_earlier_state(tmp_path):
+    put(tmp_path / "c", 0, unit(5), frame(5))
+    take(tmp_path / "c", tmp_path / "out")
+    put(tmp_path / "c", 0, unit(5), frame(5).assign(caption="new"))
+    os.utime(tmp_path / "c" / "img_emb" / "img_emb_0.npy", (1, 1))
+    assert take(tmp_path / "c", tmp_path / "out", refresh=True).shards_imported == 1
+    assert set(taken(tmp_path / "out", "caption")[2]) == {"new"}
+
+
 def test_text_that_is_none_is_said(tmp_path):
     given = lone(tmp_path, unit(3))
     given["ids"].write_bytes(b"a\n\xff\nc\n")

@@ -57,6 +57,13 @@ def test_a_later_version_of_the_format(tmp_path):
         ([("k.json", b"[2, 5]")], None, (2, 5), "[2, 5]"),
         ([("k.json", b'{"x": [1]}')], None, None, '{"x": [1]}'),
         ([("k.json", b'[{"x": 1}]')], None, None, '[{"x": 1}]'),
+        # Nothing in it tells a box from four classes: a list alone is of classes, whatever is called by a name is not.
+        ([("k.json", b"[12, 40, 200, 310]")], None, (12, 40, 200, 310), "[12, 40, 200, 310]"),
+        ([("k.json", b"[12, 40, 200, 310.0]")], None, None, "[12, 40, 200, 310.0]"),
+        ([("k.json", b"[[12, 40, 200, 310]]")], None, None, "[[12, 40, 200, 310]]"),
+        ([("k.json", b'{"labels": [1, 2]}')], None, None, '{"labels": [1, 2]}'),
+        ([("k.box.json", b"[12, 40, 200, 310]")], None, None, None),
+        ([("k.cls", b"7"), ("k.json", b"[12, 40, 200, 310]")], 7, None, "[12, 40, 200, 310]"),
         ([("k.json", b"[0, 0, 1, 0, 1]")], None, None, "[0, 0, 1, 0, 1]"),
         ([("k.json", b"[1, true]")], None, None, "[1, true]"),
         ([("k.json", b"[1, ")], None, None, "[1, "),

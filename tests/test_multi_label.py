@@ -5,6 +5,7 @@ import json
 import logging
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 from corpus import write_tar
@@ -62,10 +63,12 @@ def digits(tars):
 
 
 def labelled_rows(folder):
-    """Unit vectors [n, D] and truth [n, C] of the rows with lists."""
+    """Unit vectors [n, D] and truth [n, C] of the rows with lists, or with one label, which is a list of one."""
     vectors, truth = [], []
-    for batch in read_embeddings(folder, ("labels",)):
-        for vector, classes in zip(batch.embedding, batch.columns["labels"].to_pylist(), strict=True):
+    for batch in read_embeddings(folder, ("label", "labels")):
+        columns = (batch.columns[name].to_pylist() for name in ("label", "labels"))
+        for vector, label, labels in zip(batch.embedding, *columns, strict=True):
+            classes = [label] if labels is None and label is not None else labels
             if classes is not None:
                 vectors.append(vector.astype(np.float32))
                 truth.append([one in classes for one in range(len(NAMES))])
@@ -101,7 +104,7 @@ def test_zero_shot_average_precision_is_that_of_sorting_all_cosines(digits, tmp_
     assert [row["support"] for row in found.average_precision] == truth.sum(0).tolist()
     assert (found.average_precision[-1]["support"], found.average_precision[-1]["average_precision"]) == (0, 0)
     assert 0.3 < found.mean_average_precision < 1
-    assert found.labelled == 1  # single labels are measured beside
+    assert found.labelled == 1  # single labels are measured beside, and ranked
     metrics = json.loads((tmp_path / "p" / "metrics.json").read_bytes())
     assert metrics["mean_average_precision"] == found.mean_average_precision
     assert sorted(path.name for path in (tmp_path / "p").iterdir()) == sorted(
@@ -123,6 +126,37 @@ def embed_members(folder, members):
     write_tar(folder / "t.tar", [one for pair in pairs for one in pair])
     embed(str(folder / "t.tar"), folder / "d", model="demo", batch_size=8, **HERE)
     return folder / "d"
+
+
+def test_predictions_carry_the_truth_of_both_kinds(digits, tmp_path):
+    found = classify(digits, classes=CLASSES, templates=["{c}"], out=tmp_path / "p", **HERE)
+    tables = [pq.read_table(path) for path in sorted((tmp_path / "p").glob("*.parquet"))]
+    for name in ("label", "labels"):
+        stored = [one for batch in read_embeddings(digits, (name,)) for one in batch.columns[name].to_pylist()]
+        assert [one for table in tables for one in table[name].to_pylist()] == stored
+        assert stored.count(None) < len(stored)
+    # So that a user can score them: how often the best class is one of the row's.
+    scored = [
+        row["class_id"][0] in ([row["label"]] if row["labels"] is None else row["labels"])
+        for table in tables
+        for row in table.to_pylist()
+        if row["labels"] is not None or row["label"] is not None
+    ]
+    assert len(scored) == found.multi_labelled
+    assert 0.5 < np.mean(scored) < 1
+
+
+def test_single_labels_beside_lists_are_lists_of_one(tmp_path):
+    words = [b"[3]", b"[1, 4]", b"[]", b"[0]", b"[2, 3]", b"[4]"]
+    lists, mixed = (
+        classify(embed_members(tmp_path / name, [("cls", word) for word in given]), classes=NAMES, **HERE)
+        for name, given in (("lists", words), ("mixed", [b"3", b"[1, 4]", b"[]", b"0", b"[2, 3]", b"4"]))
+    )
+    assert lists.multi_labelled == mixed.multi_labelled == 6
+    assert lists.average_precision == mixed.average_precision
+    assert (lists.labelled, mixed.labelled) == (0, 3)
+    singles = embed_members(tmp_path / "singles", [("cls", b"3"), ("cls", b"1")])
+    assert classify(singles, classes=NAMES, **HERE).multi_labelled == 0
 
 
 def test_a_single_label_beyond_the_names_is_named(tmp_path):
@@ -150,14 +184,23 @@ def test_lists_beyond_the_names_are_no_classes_and_stop_nothing(tmp_path, caplog
         found = classify(folder, classes=NAMES[:3], out=tmp_path / "p", on_ranked=told.append, **HERE)
     (said,) = [record.getMessage() for record in caplog.records]
     assert "mAP is left out" in said and "label 10 of key 'k2' (shard t" in said and "beyond the 3 classes" in said
-    assert (found.rows, found.labelled, found.multi_labelled) == (4, 1, 3)
+    assert (found.rows, found.labelled, found.multi_labelled) == (4, 1, 4)
     assert (found.mean_average_precision, found.average_precision, told) == (None, [], [])
     assert found.no_average_precision in said
     metrics = json.loads((tmp_path / "p" / "metrics.json").read_bytes())
     assert metrics["no_average_precision"] == found.no_average_precision
     (tmp_path / "names.txt").write_text("a\nb\nc\n")
     done = clipindex("classify", folder, "--classes", tmp_path / "names.txt", "--device", "cpu")
-    assert "no mAP of 3 rows with lists: label 10 of key 'k2'" in done
+    assert "no mAP of 4 rows: label 10 of key 'k2'" in done
+
+
+@pytest.mark.parametrize(("last", "is_told"), [(b"[20, 5, 6, 7]", True), (b"[20, 5, 6]", False)])
+def test_lists_that_look_like_boxes_are_said(tmp_path, caplog, last, is_told):
+    folder = embed_members(tmp_path, [("json", b"[1, 2, 3, 4]"), ("cls", b"1"), ("json", last)])
+    found = classify(folder, classes=list(map(str, range(30))), out=tmp_path / "p", **HERE)
+    assert found.mean_average_precision is not None
+    said = "all 2 lists of labels have four numbers; boxes in .json belong into an object"
+    assert [record.getMessage() for record in caplog.records] == [said] * is_told
 
 
 def test_a_fit_ends_where_float32_tells_nothing_any_more(digits, tmp_path):

@@ -47,7 +47,7 @@ def lists_of(truth):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Training and test rows; every 20th training row has a label where it should have a list, or nothing."""
+    """Training and test rows; every 40th training row has a single label, and as many have none."""
     folder = tmp_path_factory.mktemp("corpus")
     x, truth = drawn(1600)
     lists = lists_of(truth)
@@ -64,9 +64,12 @@ def trained(corpus):
 
 
 def listed(folder):
-    """Features [n, D] and truth [n, 7] of the rows with lists."""
-    x, _ = read_back(folder)
+    """Features [n, D] and truth [n, 7] of the rows with lists, or with one label, which is a list of one."""
+    x, singles = read_back(folder)
     lists = [one for batch in read_embeddings(folder, ("labels",)) for one in batch.columns["labels"].to_pylist()]
+    lists = [
+        [single] if one is None and single is not None else one for one, single in zip(lists, singles, strict=True)
+    ]
     kept = [at for at, one in enumerate(lists) if one is not None]
     return x[kept], np.array([np.isin(GAPS, lists[at]) for at in kept])
 
@@ -130,7 +133,7 @@ def test_a_class_costs_the_same_alone_and_beside_others():
 
 def test_a_probe_is_scikit_learns(corpus, trained):
     x, truth = listed(corpus / "train")
-    assert (trained.rows, trained.left_out, trained.classes) == (1520, 80, 7)
+    assert (trained.rows, trained.left_out, trained.classes) == (1560, 40, 7)
     assert (trained.protocol, trained.c, trained.features) == ("one-vs-rest", 0.316, "raw")
     assert trained.training["converged"]
     model = theirs(x, truth, 0.316)
@@ -202,7 +205,8 @@ def test_predictions_have_probabilities_of_their_own(corpus, trained, tmp_path):
     assert table["class_label"].to_pylist() == GAPS[best.indices.numpy()].tolist()
     np.testing.assert_allclose(table["probability"].to_pylist(), best.values, atol=1e-5)
     assert max(map(sum, table["probability"].to_pylist())) > 1.2
-    lists = [None if at % 20 == 0 else list(one) for at, one in enumerate(lists_of(drawn(1600)[1]))]
+    lists = list(map(list, lists_of(drawn(1600)[1])))
+    lists[::40], lists[20::40] = [[3]] * 40, [None] * 40
     assert table["labels"].to_pylist() == lists
 
 
@@ -210,7 +214,7 @@ def test_held_out_rows_are_drawn_whatever_their_classes(corpus, tmp_path):
     one, again, other = (
         train_probe(corpus / "train", held_out=0.25, seed=seed, out=tmp_path, **LISTS) for seed in (0, 0, 1)
     )
-    assert (one.rows, one.test.labelled) == (1140, 380)
+    assert (one.rows, one.test.labelled) == (1170, 390)
     assert one.test == again.test != other.test
 
 
@@ -220,7 +224,7 @@ def test_c_is_searched_by_average_precision(corpus, trained, tmp_path):
     assert 1 / found.c == pytest.approx(
         max(trials, key=lambda one: (one["mean_average_precision"], one["strength"]))["strength"]
     )
-    assert found.training["validation_rows"] == 304
+    assert found.training["validation_rows"] == 312
     assert found.test.mean_average_precision >= trained.test.mean_average_precision - 0.02
     assert found.protocol == "one-vs-rest" and found.training["converged"]
 
@@ -299,6 +303,27 @@ def test_what_is_of_one_class_a_row_says_so_of_lists(corpus, tmp_path):
         done = CliRunner().invoke(commands, ["compare", *arguments, "--out", str(tmp_path / "c")])
         assert isinstance(done.exception, ClassesError)
         assert "again: the rows have lists of labels, and compare knows rows of one class only" in str(done.exception)
+
+
+def test_single_labels_count_as_lists_only_beside_lists_and_negative_ones_never(corpus, tmp_path):
+    x, truth = drawn(400)
+    lists = lists_of(truth)
+    alone = [one[0] if len(one) == 1 else one for one in lists]
+    assert 20 < sum(isinstance(one, int) for one in alone) < 380
+    write_directory(tmp_path / "lists", x, lists)
+    write_directory(tmp_path / "mixed", x, alone)
+    one, other = (train_probe(tmp_path / name, test=corpus / "test", **LISTS) for name in ("lists", "mixed"))
+    assert (one.rows, one.left_out, one.test) == (other.rows, other.left_out, other.test) == (400, 0, one.test)
+    probe = read_probe(tmp_path / "mixed" / "probe")
+    assert evaluate_probe(tmp_path / "mixed", probe, device="cpu") == evaluate_probe(
+        tmp_path / "lists", probe, device="cpu"
+    )
+    write_directory(tmp_path / "negative", x, [-1 if isinstance(label, int) else label for label in alone])
+    found = train_probe(tmp_path / "negative", **LISTS)
+    assert found.left_out == sum(isinstance(label, int) for label in alone)
+    # One shard has all the lists, another all the single labels.
+    write_directory(tmp_path / "apart", x, [*lists[:200], *[3, 5] * 100])
+    assert train_probe(tmp_path / "apart", **LISTS).left_out == 0
 
 
 def test_probe_files_say_what_they_are(corpus, trained, tmp_path):

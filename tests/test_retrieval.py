@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import time
 
 import faiss
@@ -10,7 +11,7 @@ from command_line import run_cli, run_process
 from corpus import encoded, labelled, picture, write_tar
 from PIL import Image
 
-from clipindex import read_image, search
+from clipindex import build_index, read_image, search
 from clipindex.demo import DATA
 from clipindex.embed_job import embed
 from clipindex.errors import ClipindexError, SourceError, StoreError, UsageError
@@ -100,6 +101,61 @@ def test_filters_leave_only_what_passes(shapes):
     assert {hit.label for hit in hits} == {5}
     assert all("oval" in hit.caption for hit in hits)
     assert search(shapes / "out", query, where=Filter(labels=(999,)), **HERE) == [[]]
+
+
+@pytest.fixture(scope="module")
+def listed(tmp_path_factory):
+    """Rows with a label, with lists of them, and with neither, in two shards; the second of before there were lists."""
+    folder = tmp_path_factory.mktemp("listed")
+    words = [b"3", b"[3, 7]", b"[7]", b"[]", None, b"7", b"[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]"]
+    members = [(f"a{at}.jpg", encoded(picture(seed=at))) for at in range(len(words))]
+    for at, word in reversed(list(enumerate(words))):
+        members[at + 1 : at + 1] = [] if word is None else [(f"a{at}.cls", word)]
+    write_tar(folder / "t" / "0.tar", members)
+    write_tar(folder / "t" / "1.tar", labelled([f"b{at}" for at in range(8)], num_classes=8))
+    embed(str(folder / "t"), folder / "out", model="demo", batch_size=8, **HERE)
+    path = max((folder / "out" / "embeddings").glob("*.parquet"))
+    footer = {b"clipindex": pq.read_metadata(path).metadata[b"clipindex"]}
+    table = pq.read_table(path).drop_columns(["labels"])
+    pq.write_table(table.replace_schema_metadata(footer), path, use_dictionary=False)
+    return folder / "out"
+
+
+@pytest.mark.parametrize("through_index", [False, True])
+def test_a_label_is_found_among_the_labels_of_a_row(listed, tmp_path, through_index):
+    folder = listed
+    if through_index:
+        folder = tmp_path / "out"
+        shutil.copytree(listed, folder)
+        build_index(folder, kind="flat", device="cpu")
+    for wanted, keys in {
+        (3,): {"a0", "a1", "a6", "b3"},
+        (7,): {"a1", "a2", "a5", "a6", "b7"},
+        (3, 7): {"a0", "a1", "a2", "a5", "a6", "b3", "b7"},
+        (11,): {"a6"},
+        (12,): set(),
+    }.items():
+        (hits,) = search(folder, [Query(keys=("a4",))], k=100, where=Filter(labels=wanted), **HERE)
+        assert {hit.key for hit in hits} == keys
+        assert len(hits) == len(keys)
+
+
+def test_hits_show_their_labels(listed, tmp_path):
+    done = run_cli("search", listed, "--key", "a4", "-k", 100, "--out", tmp_path / "hits.parquet", "--json")
+    assert done.returncode == 0, done.stderr
+    expected = {"a0": None, "a1": [3, 7], "a2": [7], "a3": [], "a4": None, "a6": list(range(12)), "b3": None}
+    (document,) = json.loads(done.stdout)
+    written = pq.read_table(tmp_path / "hits.parquet").to_pylist()
+    for found in (document["hits"], written):
+        labels = {hit["key"]: hit["labels"] for hit in found}
+        assert len(labels) == 15 and {key: labels[key] for key in expected} == expected
+    assert {hit["key"]: hit["label"] for hit in written}["b3"] == 3
+    lines = run_cli("search", listed, "--key", "a4", "--label", 3).stdout.splitlines()
+    shown = {line.split()[2]: line for line in lines}
+    assert "a0  label 3  [" in shown["a0"] and "a1  labels 3,7  [" in shown["a1"]
+    assert "  labels 0,1,2,3,4,5,6,7,8,9,…  [" in shown["a6"]
+    assert "b3  label 3  'picture" in shown["b3"]
+    assert "  labels none  [" in run_cli("search", listed, "--key", "a3", "-k", 1).stdout
 
 
 def test_keys_that_are_missing_or_twice_are_said(shapes):

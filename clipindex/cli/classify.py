@@ -189,7 +189,7 @@ def _classify_lines(summary: "ClassifySummary") -> list[str]:
         )
         lines += _precision_lines(summary)
     if summary.no_average_precision is not None:
-        lines.append(f"no mAP of {summary.multi_labelled:,} rows with lists: {summary.no_average_precision}")
+        lines.append(f"no mAP of {summary.multi_labelled:,} rows: {summary.no_average_precision}")
     return lines
 
 

@@ -66,6 +66,12 @@ def _lines(summary: "ImportSummary") -> list[str]:
     ]
     if summary.shards_done_elsewhere:
         lines.append(f"{summary.shards_done_elsewhere:,} files were done by another run meanwhile")
+    if summary.shards_there:
+        file, shard = next(iter(summary.shards_there.items()))
+        lines.append(
+            f"{len(summary.shards_there):,} files have rows that are there already, such as {file} (shard {shard}):"
+            " passed over"
+        )
     if summary.normalised:
         lines.append(f"{summary.normalised:,} vectors were not of unit length; they are now, and norm has their length")
     if stages:

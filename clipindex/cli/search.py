@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 SHEET_COLUMNS = 5
 SHEET_SIDE = 180
 """Pixels."""
+LABELS_SHOWN = 10
+"""Of a row, on the terminal."""
 
 
 @click.command(short_help="Find the images nearest to a text, an image, or one another.")
@@ -50,7 +52,7 @@ SHEET_SIDE = 180
     type=click.IntRange(-(2**31), 2**31 - 1),
     multiple=True,
     metavar="N",
-    help="Only rows with this label, a class number; repeatable.",
+    help="Only rows with this class number, as their label or among their labels; repeatable.",
 )
 @click.option("--caption", metavar="WORDS", help="Only rows whose caption contains this, whatever its case.")
 @click.option("--exact", is_flag=True, help="Look at every row, though there is an index.")
@@ -147,7 +149,13 @@ def _lines(document: Sequence[dict[str, Any]]) -> list[str]:
 def _line(rank: int, hit: "Hit") -> str:
     caption = "" if hit.caption is None else f"  {hit.caption.strip()[:60]!r}"
     label = "" if hit.label is None else f"  label {hit.label}"
+    label += "" if hit.labels is None else f"  labels {_cut(hit.labels)}"
     return f"  {rank:>3}  {hit.cosine:.4f}  {hit.key}{label}{caption}  [{hit.shard}]"
+
+
+def _cut(labels: Sequence[int]) -> str:
+    shown = [str(label) for label in labels[:LABELS_SHOWN]] + ["…"] * (len(labels) > LABELS_SHOWN)
+    return ",".join(shown) or "none"
 
 
 def _open(folder: Path, asked: "Sequence[Query]", found: "Sequence[Sequence[Hit]]") -> bool:

@@ -16,6 +16,7 @@ from clipindex.atomic import create_exclusive, remove_stale_temporaries
 from clipindex.errors import StoreError, UsageError
 from clipindex.exchange import layouts
 from clipindex.exchange.layouts import Block, Part
+from clipindex.exchange.note import NOTE, read_note
 from clipindex.store import (
     DTYPES,
     NORM_COLUMNS,
@@ -30,9 +31,6 @@ from clipindex.store import (
 from clipindex.types import ModelInfo
 
 log = logging.getLogger(__name__)
-
-NOTE = "_export.json"
-"""Says what a folder is an export of. Readers of a folder of Parquet pass over names that begin like this."""
 
 _COLUMNS = ("key", "label", "labels", "caption", "meta", "width", "height", "tar_offset", "tar_size")
 
@@ -185,11 +183,7 @@ def _claim(out: Path, model: ModelInfo, records: Sequence[ShardRecord], form: st
     if not path.exists() and out.exists() and any(not found.name.startswith(".") for found in out.iterdir()):
         raise StoreError(f"{out} holds something that is no export; export into a new folder")
     create_exclusive(path, json.dumps(note, indent=2).encode() + b"\n")
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise StoreError(f"{path} is damaged ({error}); export into a new folder") from error
-    if found != note:
+    if read_note(out) != note:
         raise StoreError(f"{out} holds another export, or the directory has changed since; export into a new folder")
     for place in (out, out / "img_emb", out / "metadata"):
         remove_stale_temporaries(place)

@@ -3,16 +3,18 @@
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from clipindex.errors import ShardError, SourceError, StoreError, UsageError
+from clipindex.errors import FingerprintError, ShardError, SourceError, StoreError, UsageError
+from clipindex.exchange.note import NOTE, read_note
 from clipindex.exchange.rows import RowFile, Rows, open_rows
 from clipindex.exchange.sources import Pair, list_pairs
+from clipindex.exchange.twins import Twins
 from clipindex.exchange.vectors import UnitVectors, open_vectors, to_unit
 from clipindex.models import load_model
 from clipindex.shards import LONG_KEY_CHARACTERS
@@ -22,12 +24,14 @@ from clipindex.store import (
     Dataset,
     ShardRecord,
     ShardWriter,
+    claim_dataset,
+    describe_model,
     open_dataset,
     plan_shards,
     published_shards,
 )
-from clipindex.types import ModelSpec, Reject, Sample, Shard, Vectors
-from clipindex.urls import stat_source
+from clipindex.types import ModelInfo, ModelSpec, Reject, Sample, Shard, Vectors
+from clipindex.urls import local_path, stat_source
 from clipindex.version import CREATED_BY
 
 UNKNOWN = "unknown"
@@ -50,6 +54,8 @@ class ImportSummary:
     """Files that differ from what their published rows were made of, and were left so."""
     shards_done_elsewhere: int
     """By another run on the same directory, since this one began."""
+    shards_there: dict[str, str]
+    """Files whose rows the directory had already, of another file or of a tar, and the shard that has them."""
     shards_failed: dict[str, str]
     """File and why; these are not published."""
     samples: int
@@ -73,6 +79,15 @@ class _Imported(NamedTuple):
     is_ours: bool
     reject_stages: Counter[str]
     normalised: int
+
+
+class _Outcome(NamedTuple):
+    """What became of each file of a run."""
+
+    imported: list[_Imported]
+    there: dict[str, str]
+    """As of `ImportSummary.shards_there`, and so the next."""
+    failed: dict[str, str]
 
 
 class _Progress:
@@ -110,13 +125,16 @@ def import_embeddings(
     """Take over vectors that another program made: each .npy file becomes a shard.
 
     Columns `key` (else `image_path`), `label`, `labels`, `caption`, `width`, `height` and `norm` of the rows keep their
-    places; all others go into `meta`. Files that are published already are passed over.
+    places; all others go into `meta`. Files that are published already are passed over, and so are those whose rows
+    (the same keys in the same order, with the same vectors) a shard of another name has. What cannot be imported leaves
+    no dataset.json.
 
     Args:
         source: What clip-retrieval wrote (``img_emb/*.npy``, ``metadata/*.parquet``), or one .npy file.
         out: The embedding directory, made where there is none.
         model: That made the vectors, as for `embed_job.embed`. Nothing in the vectors can prove it; the model is loaded
-            for its fingerprint and what goes with it.
+            for its fingerprint and what goes with it. Of an export of this program, features before the projection are
+            known again, and another model is refused.
         pretrained: open_clip tag or local weights file.
         random_init: Seed of random weights in place of trained ones.
         quick_gelu: Activation of a weights file that does not say.
@@ -132,26 +150,22 @@ def import_embeddings(
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     pairs, failed = list_pairs(source, ids)
-    info = load_model(ModelSpec(name=model, pretrained=pretrained, random_init=random_init, quick_gelu=quick_gelu)).info
+    info = _load_info(
+        source, ModelSpec(name=model, pretrained=pretrained, random_init=random_init, quick_gelu=quick_gelu)
+    )
     folder = Path(out)
     if folder.is_file():
         raise StoreError(f"{folder} is a file; embeddings go into a folder")
-    dataset = open_dataset(folder, info, dtype, CREATED_BY)
-    plan = plan_shards([pair.shard for pair in pairs], published_shards(folder), dataset, refresh=refresh)
+    dataset = open_dataset(folder, info, dtype, CREATED_BY, create=False)
+    published = published_shards(folder)
+    plan = plan_shards([pair.shard for pair in pairs], published, dataset, refresh=refresh)
     started = time.perf_counter()
-    found: list[_Imported] = []
-    progress = _Progress(sum(shard.size for shard in plan.todo), on_progress)
     todo = set(plan.todo)
-    for pair in pairs:
-        if pair.shard not in todo:
-            continue
-        try:
-            found.append(_import_pair(pair, folder, dataset, progress))
-        except (ShardError, SourceError) as error:
-            failed[pair.shard.url] = str(error)
-        progress.finish(pair.shard)
+    found = _import_all(
+        [pair for pair in pairs if pair.shard in todo], folder, dataset, Twins(folder, published), on_progress
+    )
     seconds = time.perf_counter() - started
-    ours = [one for one in found if one.is_ours]
+    ours = [one for one in found.imported if one.is_ours]
     samples = sum(one.record.samples for one in ours)
     return ImportSummary(
         source=str(source),
@@ -162,8 +176,9 @@ def import_embeddings(
         shards_done_before=len(plan.done),
         shards_imported=len(ours),
         shards_changed=[shard.url for shard in plan.changed],
-        shards_done_elsewhere=len(found) - len(ours),
-        shards_failed=failed,
+        shards_done_elsewhere=len(found.imported) - len(ours),
+        shards_there=found.there,
+        shards_failed=failed | found.failed,
         samples=samples,
         rows=sum(one.record.rows for one in ours),
         rejects=sum(one.record.rejects for one in ours),
@@ -172,6 +187,44 @@ def import_embeddings(
         seconds=round(seconds, 3),
         vectors_per_s=round(samples / seconds, 1) if samples else 0.0,
     )
+
+
+def _load_info(source: str | Path, spec: ModelSpec) -> ModelInfo:
+    """The model that made a source's vectors: what the user says, and of an export of this program what its note says.
+
+    Raises:
+        FingerprintError: The two differ.
+        StoreError: The note is damaged.
+    """
+    path = Path(local_path(str(source)))
+    note = read_note(path if path.is_dir() else path.parent.parent)  # its files lie in a folder of theirs
+    is_ours = isinstance(note, dict) and "fingerprint" in note
+    info = load_model(spec, pre_projection=is_ours and note.get("vectors") == "pre-projection").info
+    if is_ours and note["fingerprint"] != info.fingerprint:
+        raise FingerprintError(
+            f"{source} is an export of embeddings with fingerprint {str(note['fingerprint'])[:12]}, not of"
+            f" {describe_model(info)}; name the model that its {NOTE} names"
+        )
+    return info
+
+
+def _import_all(
+    pairs: Sequence[Pair], folder: Path, dataset: Dataset, twins: Twins, on_progress: Callable[[int, float], None]
+) -> _Outcome:
+    """Import file by file; what is wrong with one does not stop the others."""
+    found = _Outcome([], {}, {})
+    progress = _Progress(sum(pair.shard.size for pair in pairs), on_progress)
+    for pair in pairs:
+        try:
+            twin = twins.find(pair, dataset.model.dim)
+            if twin is None:
+                found.imported.append(_import_pair(pair, folder, dataset, progress))
+            else:
+                found.there[pair.shard.url] = twin
+        except (ShardError, SourceError) as error:
+            found.failed[pair.shard.url] = str(error)
+        progress.finish(pair.shard)
+    return found
 
 
 def _import_pair(pair: Pair, folder: Path, dataset: Dataset, progress: _Progress) -> _Imported:
@@ -188,6 +241,7 @@ def _import_pair(pair: Pair, folder: Path, dataset: Dataset, progress: _Progress
         stages, normalised = _append_all(writer, vectors, _in_full(pair, rows), progress)
         if stat_source(pair.shard.url) != (pair.shard.size, pair.shard.version):
             raise ShardError(f"{pair.shard.url} changed while it was read; run again")
+        claim_dataset(folder, dataset)  # not before there is something to publish: what fails claims nothing
         record, is_ours = writer.publish(
             samples=len(vectors),
             precision=UNKNOWN,

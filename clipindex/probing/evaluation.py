@@ -14,6 +14,7 @@ from clipindex.devices import choose_device
 from clipindex.errors import ClassesError, StoreError
 from clipindex.logistic import Block, Linear, Passes, block_rows, map_blocks
 from clipindex.metrics import ClassificationCounts, wilson_interval
+from clipindex.multi_label import with_single_labels
 from clipindex.probing.lists import LISTS_COLUMN, label_kinds, read_all_lists, take_lists
 from clipindex.probing.probe import Probe
 from clipindex.probing.ranking import EVALUATION_PASSES, MultiLabelEvaluation, evaluate_lists
@@ -222,8 +223,9 @@ def write_predictions(
     Args:
         folder: The embedding directory.
         probe: Of the same model.
-        out: A Parquet file with key, shard, label (labels, of a probe of such), and lists of the best classes:
-            class_label, class_name, probability, which is each class's own where a row may have any number of them.
+        out: A Parquet file with key, shard, label (or labels, of a probe of such: a single label is a list of one),
+            and lists of the best classes: class_label, class_name, probability, which is each class's own where a row
+            may have any number of them.
         top: How many classes.
         device: As in `evaluate`.
         on_progress: Called with the number of rows written.
@@ -248,7 +250,7 @@ def write_predictions(
     parquet = AtomicParquet(Path(out), schema, compression="zstd")
     rows = 0
     try:
-        for batch in read_embeddings(folder, ("key", truth, norm), vectors=vectors):
+        for batch in read_embeddings(folder, ("key", "label", "labels", norm), vectors=vectors):
             x = torch.from_numpy(batch.embedding).to(chosen).float()
             if probe.features == "raw":
                 x = x * torch.from_numpy(batch.columns[norm].to_numpy().copy()).to(chosen)[:, None]
@@ -263,7 +265,10 @@ def write_predictions(
             lists = (labels.take(ids), names.take(ids), pa.array(best.values.cpu().numpy().reshape(-1)))
             columns = (pa.FixedSizeListArray.from_arrays(values, top) for values in lists)
             shard = pa.repeat(pa.scalar(batch.shard.name, pa.string()), len(x))
-            arrays = [batch.columns["key"], shard, batch.columns[truth], *columns]
+            said = batch.columns["label"]
+            if probe.multi_label:
+                said = with_single_labels(said, batch.columns["labels"])
+            arrays = [batch.columns["key"], shard, said, *columns]
             parquet.write(pa.Table.from_arrays(arrays, schema=schema))
             rows += len(x)
             on_progress(rows)

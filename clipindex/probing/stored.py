@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from clipindex.errors import StoreError
+from clipindex.multi_label import with_single_labels
 from clipindex.store import embedding_schema, read_columns, read_dataset, shard_states
 
 
@@ -35,17 +36,22 @@ class Stored:
 def read_stored(folder: Path, columns: Sequence[str]) -> Stored:
     """Read some columns of a directory, all rows of them.
 
+    Where some rows have lists of `labels`, those of others that have a single one are lists of one.
+
     Raises:
         StoreError: A file is damaged, or the folder is no embedding directory.
     """
     schema = embedding_schema(read_dataset(folder))
     states = shard_states(folder)  # before the rows: what is replaced between the two has another state from then on
     sizes: dict[str, int] = {}
-    chunks: dict[str, list[pa.Array]] = {column: [] for column in columns}
-    for name, arrays in read_columns(folder, columns, list(states)):
-        sizes[name] = sizes.get(name, 0) + len(arrays[columns[0]])
-        for column in columns:
+    wanted = tuple(dict.fromkeys((*columns, "label"))) if "labels" in columns else columns
+    chunks: dict[str, list[pa.Array]] = {column: [] for column in wanted}
+    for name, arrays in read_columns(folder, wanted, list(states)):
+        sizes[name] = sizes.get(name, 0) + len(arrays[wanted[0]])
+        for column in wanted:
             chunks[column].append(arrays[column])
+    if any(chunk.null_count < len(chunk) for chunk in chunks.get("labels", [])):
+        chunks["labels"] = list(map(with_single_labels, chunks["label"], chunks["labels"]))
     return Stored(
         states={name: states[name] for name in sizes},
         sizes=tuple(sizes.values()),

@@ -117,9 +117,23 @@ REJECT_SCHEMA = pa.schema(
 
 
 def open_dataset(
-    folder: Path, model: ModelInfo, dtype: str, created_by: str, pre_projection: ModelInfo | None = None
+    folder: Path,
+    model: ModelInfo,
+    dtype: str,
+    created_by: str,
+    pre_projection: ModelInfo | None = None,
+    *,
+    create: bool = True,
 ) -> Dataset:
     """Make a directory the home of one model's embeddings, or check that it is already.
+
+    Args:
+        folder: The directory.
+        model: Of the embeddings.
+        dtype: Of the embedding column.
+        created_by: Program and version.
+        pre_projection: Of the features before the projection, where they are kept as well.
+        create: Or only say what `claim_dataset` will make of it, where there is none yet.
 
     Raises:
         FingerprintError: It holds another model's embeddings; both are named.
@@ -128,26 +142,37 @@ def open_dataset(
     wanted = Dataset(
         format_version=FORMAT_VERSION, model=model, dtype=dtype, created_by=created_by, pre_projection=pre_projection
     )
-    document = json.dumps(asdict(wanted), indent=2).encode() + b"\n"
-    create_exclusive(folder / "dataset.json", document)
-    found = read_dataset(folder)
-    if found.model.features != model.features and found.model.spec == model.spec:
-        raise FingerprintError(
-            f"{folder} holds {found.model.features} features of {describe_model(found.model)}; pass --features"
-            f" {found.model.features}, or another --out"
-        )
-    check_fingerprint(folder, found.model, model)
-    if found.dtype != dtype:
-        raise StoreError(f"{folder} holds {found.dtype} embeddings; pass --dtype {found.dtype} or another --out")
-    if (found.pre_projection is None) != (pre_projection is None):
-        has = "also" if found.pre_projection else "no"
-        option = "both" if found.pre_projection else "projected"
-        raise StoreError(
-            f"{folder} holds {has} features before the projection; pass --features {option} or another --out"
-        )
+    found = claim_dataset(folder, wanted) if create or (folder / "dataset.json").exists() else wanted
     remove_stale_temporaries(folder)
     remove_stale_temporaries(folder / "embeddings")
     remove_stale_temporaries(folder / "rejects")
+    return found
+
+
+def claim_dataset(folder: Path, wanted: Dataset) -> Dataset:
+    """Publish a directory's dataset.json, or check that the one that is there says the same.
+
+    Raises:
+        As `open_dataset`.
+    """
+    create_exclusive(folder / "dataset.json", json.dumps(asdict(wanted), indent=2).encode() + b"\n")
+    found = read_dataset(folder)
+    if found.model.features != wanted.model.features and found.model.spec == wanted.model.spec:
+        raise FingerprintError(
+            f"{folder} holds {found.model.features} features of {describe_model(found.model)}, not"
+            f" {wanted.model.features} ones; name another --out, or where you embed pass --features"
+            f" {found.model.features}"
+        )
+    check_fingerprint(folder, found.model, wanted.model)
+    if found.dtype != wanted.dtype:
+        raise StoreError(f"{folder} holds {found.dtype} embeddings; pass --dtype {found.dtype} or another --out")
+    if (found.pre_projection is None) != (wanted.pre_projection is None):
+        has = "also" if found.pre_projection else "no"
+        option = "both" if found.pre_projection else "projected"
+        raise StoreError(
+            f"{folder} holds {has} features before the projection; name another --out, or where you embed pass"
+            f" --features {option}"
+        )
     return found
 
 

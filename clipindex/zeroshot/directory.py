@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ class ClassifySummary:
     per_class: list[dict[str, Any]]
     """In class order: id, name, support (rows with that label), recall, recall5; None where a class does not occur."""
     multi_labelled: int
-    """Rows with any number of classes."""
+    """Rows with any number of classes; where there are such, those with a single label are among them."""
     mean_average_precision: float | None
     """Of those rows, over all classes, as CLIP_benchmark defines it (see `average_precision`); None without any, or
     where `no_average_precision` says why."""
@@ -128,21 +128,16 @@ def classify(
     loaded = load_model_of(folder, dataset.model, model)
     where: dict[str, Any] = {"device": device, "precision": precision, "approximate": approximate}
     classifier = build_classifier(loaded, names, prompts, on_classes=on_classes, **where)
-    counts = ClassificationCounts(len(names))
     multi_labelled, no_average_precision = check_labels(folder, shards, len(names))
     agreement = classifier.agreement(_sample(folder, shards), max(top, NUM_RANKED)) if approximate else None
-    for path in earlier:
-        path.unlink()
-    remove_stale_temporaries(target)
-    started = time.perf_counter()
+    _clear(target, earlier)
+    started, counts = time.perf_counter(), ClassificationCounts(len(names))
     written, rows = predict_directory(folder, classifier, target, top, counts, on_progress, shards)
     seconds = time.perf_counter() - started
+    ranked = None
+    if multi_labelled and no_average_precision is None:
+        ranked = class_average_precision(folder, stored_vectors(classifier.index), written, on_ranked)
     measured = counts.overall()
-    ranked = (
-        class_average_precision(folder, stored_vectors(classifier.index), written, on_ranked)
-        if multi_labelled and no_average_precision is None
-        else None
-    )
     summary = ClassifySummary(
         out=str(target),
         model=dataset.model.spec.name,
@@ -154,24 +149,16 @@ def classify(
         acc1=measured["acc1"],
         acc5=measured["acc5"],
         mean_per_class_recall=measured["mean_per_class_recall"],
-        per_class=[
-            {"id": at, "name": name, **row}
-            for at, (name, row) in enumerate(zip(names, counts.per_class(), strict=True))
-        ],
+        per_class=_by_class(names, counts.per_class()),
         multi_labelled=multi_labelled,
         mean_average_precision=None if ranked is None else ranked.mean(),
-        average_precision=[]
-        if ranked is None
-        else [
-            {"id": at, "name": name, **row} for at, (name, row) in enumerate(zip(names, ranked.describe(), strict=True))
-        ],
+        average_precision=[] if ranked is None else _by_class(names, ranked.describe()),
         seconds=round(seconds, 3),
         images_per_s=round(rows / seconds, 1),
         agreement=agreement,
         no_average_precision=no_average_precision,
     )
-    document = {**asdict(summary), "prompts": list(prompts), "shards": written}
-    write_json(target / METRICS_FILE, document)
+    write_json(target / METRICS_FILE, {**asdict(summary), "prompts": list(prompts), "shards": written})
     return summary
 
 
@@ -204,7 +191,7 @@ def predict_directory(
     rows = 0
     names = pa.array(classifier.classes, pa.string())
     at_once = max(1, SCORES_AT_ONCE // len(names))
-    batches = _pieces(read_embeddings(folder, ("key", "label"), shards), at_once)
+    batches = _pieces(read_embeddings(folder, ("key", "label", "labels"), shards), at_once)
 
     def search(batch: EmbeddingBatch) -> tuple[EmbeddingBatch, Neighbours, pa.Table]:
         neighbours = classifier.predict(batch.embedding, max(top, NUM_RANKED))
@@ -232,6 +219,17 @@ def _pieces(batches: Iterable[EmbeddingBatch], rows: int) -> Iterator[EmbeddingB
             columns = {name: column.slice(first, rows) for name, column in batch.columns.items()}
             part = batch.embedding[first : first + rows]
             yield replace(batch, first_row=batch.first_row + first, embedding=part, columns=columns)
+
+
+def _clear(target: Path, earlier: Iterable[Path]) -> None:
+    """Remove what an earlier run wrote, or left unfinished."""
+    for path in earlier:
+        path.unlink()
+    remove_stale_temporaries(target)
+
+
+def _by_class(names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [{"id": at, "name": name, **row} for at, (name, row) in enumerate(zip(names, rows, strict=True))]
 
 
 def _sample(folder: Path, shards: Sequence[str] | None) -> np.ndarray[Any, Any]:
