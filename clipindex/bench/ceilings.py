@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from clipindex.decode.on_device import decode_jpegs
 from clipindex.devices import PRECISIONS
 from clipindex.models import LoadedModel
+from clipindex.pipeline.feed import DECODE_CHUNK
 
 REPEATS = 3
 LEAST_S = 0.5
@@ -36,6 +37,19 @@ def best_rate(run: Callable[[], int], synchronize: Callable[[], None] = lambda: 
     measure(1)
     times = math.ceil(LEAST_S / measure(1)[1])
     return max(items / seconds for items, seconds in (measure(times) for _ in range(REPEATS)))
+
+
+def spread(function: Callable[[int], object], number: int, num_threads: int) -> int:
+    """Call a function with 0, 1, … in threads, as many in a task as decoding has; says how many."""
+
+    def some(first: int) -> None:
+        for at in range(first, min(first + DECODE_CHUNK, number)):
+            function(at)
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        for _ in pool.map(some, range(0, number, DECODE_CHUNK)):
+            pass
+    return number
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:
@@ -111,11 +125,10 @@ def written_bytes_per_s(path: Path, num_bytes: int) -> float:
 def jpegs_per_s(images: Sequence[bytes], num_threads: int) -> float:
     """Of libjpeg-turbo alone, without the resize."""
 
-    def decode() -> int:
-        with ThreadPoolExecutor(num_threads) as pool:
-            return sum(1 for _ in pool.map(lambda data: simplejpeg.decode_jpeg(data, colorspace="RGB"), images))
+    def decode(at: int) -> None:
+        simplejpeg.decode_jpeg(images[at], colorspace="RGB")
 
-    return best_rate(decode)
+    return best_rate(lambda: spread(decode, len(images), num_threads))
 
 
 def device_jpegs_per_s(chunks: Sequence[Sequence[bytes]], device: torch.device) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from clipindex.bench import ceilings
-from clipindex.bench.ceilings import best_rate, synchronizer
+from clipindex.bench.ceilings import best_rate, spread, synchronizer
 from clipindex.bench.utilisation import describe_utilisation, sampling_utilisation
 from clipindex.decode import MAX_PIXELS, decode_image
 from clipindex.decode.on_device import AT_ONCE, DeviceDecoder
@@ -65,17 +65,14 @@ def measure_decode(tars: Sequence[str], setting: str, preprocess: Preprocess, nu
     images = [sample.image for sample in samples]
     pixels = np.empty((len(images), *preprocess.size, 3), np.uint8)
 
-    def decode() -> int:
-        with ThreadPoolExecutor(num_threads) as pool:
-            return sum(
-                1 for _ in pool.map(lambda at: decode_image(images[at], preprocess, pixels[at]), range(len(images)))
-            )
+    def decode(at: int) -> None:
+        decode_image(images[at], preprocess, pixels[at])
 
     threads = f"{num_threads} thread{'s' if num_threads > 1 else ''}"
     return Measurement(
         stage="decode",
         setting=f"{setting} to {preprocess.size[1]}x{preprocess.size[0]}, {threads}",
-        images_per_s=best_rate(decode),
+        images_per_s=best_rate(lambda: spread(decode, len(images), num_threads)),
         ceiling_per_s=ceilings.jpegs_per_s(images, num_threads),
         ceiling="libjpeg-turbo without the resize",
     )
