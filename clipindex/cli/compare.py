@@ -170,7 +170,7 @@ def _table(found: "Comparison") -> list[str]:
     }
     columns = [
         ["directory", *(one.folder for one in encoders)],
-        ["model", *(one.name.removesuffix(f", {one.vectors}").removesuffix(f" ({one.folder})") for one in encoders)],
+        ["model", *(one.name.removesuffix(f" {one.vectors}").removesuffix(f" ({one.folder})") for one in encoders)],
         ["probed", *(one.vectors for one in encoders)],
         ["D", *(str(one.dim) for one in encoders)],
         *([f"{head} ", *_starred(column)] for head, column in measured.items()),

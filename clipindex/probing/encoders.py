@@ -74,7 +74,7 @@ def choose_encoders(
         elif pre_projection and dataset.model.features == "projected":
             log.warning("%s holds no features before a projection: its projected ones are probed", folder)
         for model in models:
-            full = f"{name}, {model.features}" if len(models) > 1 else name
+            full = f"{name} {model.features}" if len(models) > 1 else name
             encoders.append(Encoder(at=at, name=full, model=model, vectors=find_vectors(folder, dataset, model)))
     if len(encoders) < 2:
         raise UsageError(
