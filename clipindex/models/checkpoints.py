@@ -83,16 +83,19 @@ class HubRepo:
             ModelError: the Hub cannot be reached and the file is not cached (a missing optional file would
                 otherwise silently change the preprocessing), or the repository is absent, private or gated.
         """
+        unreachable = ModelError(
+            f"{self.origin}: cannot reach the Hugging Face Hub for {name}; check the network, or "
+            "download the repository elsewhere and give local-dir:PATH, or set HF_HUB_OFFLINE=1 to use "
+            "only what is cached"
+        )
+        if hub_obstacle(self.repo, [name]):
+            raise unreachable
         try:
             return Path(huggingface_hub.hf_hub_download(self.repo, name))
         except LocalEntryNotFoundError as error:
             if constants.HF_HUB_OFFLINE:
                 return None
-            raise ModelError(
-                f"{self.origin}: cannot reach the Hugging Face Hub for {name}; check the network, or "
-                "download the repository elsewhere and give local-dir:PATH, or set HF_HUB_OFFLINE=1 to use "
-                "only what is cached"
-            ) from error
+            raise unreachable from error
         except EntryNotFoundError:
             return None
         except Exception as error:  # the Hub's client lets those of its HTTP library through
@@ -111,11 +114,12 @@ def hub_obstacle(repo: str, names: Sequence[str]) -> str | None:
 
     Args:
         repo: ORG/REPO, or ORG/REPO@REVISION.
-        names: Of files, any of which will do.
+        names: Of files, any of which will do, or the same called .safetensors.
     """
     repo, _, revision = repo.partition("@")
     version = revision or None
-    cached = (huggingface_hub.try_to_load_from_cache(repo, name, revision=version) for name in names)
+    known = {*names, *(str(Path(name).with_suffix(".safetensors")) for name in names)}
+    cached = (huggingface_hub.try_to_load_from_cache(repo, name, revision=version) for name in known)
     if constants.HF_HUB_OFFLINE or any(isinstance(path, str) for path in cached):
         return None
     said = ""
