@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from clipindex.allocator import keep_freed_memory
 from clipindex.atomic import write_json
 from clipindex.batch_size import fastest_batch_size
@@ -15,13 +17,13 @@ from clipindex.devices import choose_devices, choose_precision
 from clipindex.encode import ImageTower
 from clipindex.errors import StoreError, UsageError
 from clipindex.models import load_model
-from clipindex.pipeline import Progress, embed_shards
+from clipindex.pipeline import Progress, ShardResult, embed_shards
 from clipindex.pipeline.device_share import DECODE, DeviceShare, obstacle, share_decoding
 from clipindex.shards import MAX_BYTES, list_shards
 from clipindex.stages import StageTimes, stage_times
-from clipindex.store import DTYPES, Plan, ShardRecord, open_dataset, plan_shards, published_shards
+from clipindex.store import DTYPES, Dataset, Plan, ShardRecord, open_dataset, plan_shards, published_shards
 from clipindex.threads import num_cores
-from clipindex.types import ImageEncoder, ModelSpec
+from clipindex.types import ImageEncoder, ModelInfo, ModelSpec, Shard
 from clipindex.version import CREATED_BY
 
 FEATURES = ("projected", "pre-projection", "both")
@@ -137,52 +139,23 @@ def embed(
         ClipindexError: Whatever is the caller's to mend; its kinds are in `errors`. A shard that breaks is no error:
             the others go on, and the summary names it.
     """
-    _check_choice("features", features, FEATURES)
-    _check_choice("dtype", dtype, DTYPES)
-    _check_choice("preprocess", preprocess, PREPROCESS)
-    _check_choice("decode", decode, DECODE)
-    _check_choice("on_broken_shard", on_broken_shard, ON_BROKEN_SHARD)
-    _check_range("batch_size", 1 if batch_size is None else batch_size, None)
-    _check_range("max_pixels", max_pixels, MAX_PIXELS)
-    _check_range("max_bytes", max_bytes, MAX_BYTES)
-    devices = choose_devices(device)
-    fast = preprocess == "fast"
-    if decode == "cuda" and (why := obstacle(devices)):
-        raise UsageError(f"--decode cuda: {why}")
-    if devices[0].type == "cpu":
-        keep_freed_memory()
+    _check_choices(features, dtype, preprocess, decode, on_broken_shard)
+    _check_numbers(batch_size, max_pixels, max_bytes)
+    devices = _choose_devices(device, decode)
     shards = list_shards([sources] if isinstance(sources, str) else sources)
-    chosen_precision = choose_precision(precision, devices[0])
     spec = ModelSpec(name=model, pretrained=pretrained, random_init=random_init, quick_gelu=quick_gelu)
-    both = features == "both"
-    loaded = load_model(spec, pre_projection=features == "pre-projection")
-    before_projection = loaded.before_projection() if both else None
-    encoders = [ImageTower(loaded, device=one, precision=chosen_precision, with_pre_projection=both) for one in devices]
+    encoders, before_projection = _load_towers(spec, features, devices, precision)
     folder = Path(out)
-    if folder.is_file():
-        raise StoreError(f"{folder} is a file; embeddings go into a folder")
-    dataset = open_dataset(folder, loaded.info, dtype, CREATED_BY, before_projection)
-    plan = plan_shards(shards, published_shards(folder), dataset, refresh=refresh)
+    plan, dataset = _plan(shards, folder, encoders[0].info, before_projection, dtype, refresh)
     on_plan(plan)
     size = batch_size or (_measured_batch_size(encoders[0]) if plan.todo else 0)
     threads = decode_threads or num_cores()
     share = DeviceShare(None, "nothing to decode", threads)
+    fast = preprocess == "fast"
     if plan.todo:
-        preprocessing = loaded.info.preprocess
-        share = share_decoding(decode, devices, preprocessing, fast=fast, max_pixels=max_pixels, decode_threads=threads)
-
-    records: list[ShardRecord] = []
-    done_elsewhere = 0
-    failed: dict[str, str] = {}
-    reject_stages: Counter[str] = Counter()
-    stages = stage_times([])
-
-    def note_progress(progress: Progress) -> None:
-        nonlocal stages
-        stages = progress.stages
-        on_progress(progress)
-
-    started = time.perf_counter()
+        wanted = encoders[0].info.preprocess
+        share = share_decoding(decode, devices, wanted, fast=fast, max_pixels=max_pixels, decode_threads=threads)
+    tally = _Tally(on_progress)
     for result in embed_shards(
         plan.todo,
         encoders,
@@ -195,53 +168,132 @@ def embed(
         max_pixels=max_pixels,
         max_bytes=max_bytes,
         salvage=on_broken_shard == "salvage",
-        on_progress=note_progress,
+        on_progress=tally.note_progress,
     ):
+        tally.add(result)
+    summary = _summarise(folder, plan, encoders, size, share, tally)
+    write_json(folder / "summary.json", asdict(summary))
+    return summary
+
+
+class _Tally:
+    """What has become of the shards of a run, from now on."""
+
+    def __init__(self, on_progress: Callable[[Progress], None]) -> None:
+        self.records: list[ShardRecord] = []
+        """Of what this run has published."""
+        self.done_elsewhere = 0
+        self.failed: dict[str, str] = {}
+        self.reject_stages: Counter[str] = Counter()
+        self.stages = stage_times([])
+        self.started = time.perf_counter()
+        self._on_progress = on_progress
+
+    def note_progress(self, progress: Progress) -> None:
+        """Keep how busy the stages were, and pass it on."""
+        self.stages = progress.stages
+        self._on_progress(progress)
+
+    def add(self, result: ShardResult) -> None:
+        """Count a shard that is done."""
         if result.record is None:
-            failed[result.shard.url] = str(result.error)
+            self.failed[result.shard.url] = str(result.error)
         elif not result.is_ours:
-            done_elsewhere += 1
+            self.done_elsewhere += 1
         else:
-            records.append(result.record)
-            reject_stages += result.reject_stages
-    seconds = time.perf_counter() - started
-    samples = sum(record.samples for record in records)
-    summary = EmbedSummary(
+            self.records.append(result.record)
+            self.reject_stages += result.reject_stages
+
+
+def _choose_devices(device: str, decode: str) -> list[torch.device]:
+    devices = choose_devices(device)
+    if decode == "cuda" and (why := obstacle(devices)):
+        raise UsageError(f"--decode cuda: {why}")
+    if devices[0].type == "cpu":
+        keep_freed_memory()
+    return devices
+
+
+def _load_towers(
+    spec: ModelSpec, features: str, devices: Sequence[torch.device], precision: str
+) -> tuple[list[ImageTower], ModelInfo | None]:
+    """The image tower on each device, and the description of its features before the projection if both are kept."""
+    chosen_precision = choose_precision(precision, devices[0])
+    both = features == "both"
+    loaded = load_model(spec, pre_projection=features == "pre-projection")
+    before_projection = loaded.before_projection() if both else None
+    towers = [ImageTower(loaded, device=one, precision=chosen_precision, with_pre_projection=both) for one in devices]
+    return towers, before_projection
+
+
+def _plan(
+    shards: Sequence[Shard],
+    folder: Path,
+    info: ModelInfo,
+    before_projection: ModelInfo | None,
+    dtype: str,
+    refresh: bool,
+) -> tuple[Plan, Dataset]:
+    """What is left to do in a folder, which is made an embedding directory where it is none."""
+    if folder.is_file():
+        raise StoreError(f"{folder} is a file; embeddings go into a folder")
+    dataset = open_dataset(folder, info, dtype, CREATED_BY, before_projection)
+    return plan_shards(shards, published_shards(folder), dataset, refresh=refresh), dataset
+
+
+def _summarise(
+    folder: Path, plan: Plan, encoders: Sequence[ImageTower], batch_size: int, share: DeviceShare, tally: _Tally
+) -> EmbedSummary:
+    seconds = time.perf_counter() - tally.started
+    samples = sum(record.samples for record in tally.records)
+    return EmbedSummary(
         out=str(folder),
-        model=loaded.info.spec.name,
-        fingerprint=loaded.info.fingerprint,
+        model=encoders[0].info.spec.name,
+        fingerprint=encoders[0].info.fingerprint,
         device=",".join(encoder.device for encoder in encoders),
-        precision=chosen_precision,
-        batch_size=size,
+        precision=encoders[0].precision,
+        batch_size=batch_size,
         decode=share.way,
         decode_reason=share.reason,
         decoded_on_device=share.num_decoded,
-        shards=len(shards),
+        shards=len(plan.todo) + len(plan.done) + len(plan.changed),
         shards_done_before=len(plan.done),
-        shards_embedded=len(records),
+        shards_embedded=len(tally.records),
         shards_changed=[shard.url for shard in plan.changed],
-        shards_done_elsewhere=done_elsewhere,
-        shards_failed=failed,
+        shards_done_elsewhere=tally.done_elsewhere,
+        shards_failed=tally.failed,
         shards_salvaged={
             record.url: f"{record.rows} rows and {record.rejects} rejects up to the break; {record.broken}"
-            for record in records
+            for record in tally.records
             if record.broken is not None
         },
         samples=samples,
-        rows=sum(record.rows for record in records),
-        rejects=sum(record.rejects for record in records),
-        rejects_by_stage=dict(sorted(reject_stages.items())),
+        rows=sum(record.rows for record in tally.records),
+        rejects=sum(record.rejects for record in tally.records),
+        rejects_by_stage=dict(sorted(tally.reject_stages.items())),
         seconds=round(seconds, 3),
         images_per_s=round(samples / seconds, 1) if samples else 0.0,
-        stages=stages,
+        stages=tally.stages,
     )
-    write_json(folder / "summary.json", asdict(summary))
-    return summary
+
+
+def _check_choices(features: str, dtype: str, preprocess: str, decode: str, on_broken_shard: str) -> None:
+    _check_choice("features", features, FEATURES)
+    _check_choice("dtype", dtype, DTYPES)
+    _check_choice("preprocess", preprocess, PREPROCESS)
+    _check_choice("decode", decode, DECODE)
+    _check_choice("on_broken_shard", on_broken_shard, ON_BROKEN_SHARD)
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise UsageError(f"{name} {value!r}: choose one of {', '.join(choices)}")
+
+
+def _check_numbers(batch_size: int | None, max_pixels: int, max_bytes: int) -> None:
+    _check_range("batch_size", 1 if batch_size is None else batch_size, None)
+    _check_range("max_pixels", max_pixels, MAX_PIXELS)
+    _check_range("max_bytes", max_bytes, MAX_BYTES)
 
 
 def _check_range(name: str, value: int, most: int | None) -> None:

@@ -185,12 +185,13 @@ def test_a_run_that_is_stopped_is_finished_by_the_next(tmp_path, number):
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     wait_for(lambda: len(list((out / "embeddings").glob("[!.]*.parquet"))) >= 2)
     process.send_signal(number)
-    status = process.wait(30)
-    process.stderr.close()
+    said = process.communicate(timeout=30)[1].decode()
+    status = process.returncode
     assert status == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[number]
     done_before = published_shards(out)
     assert 2 <= len(done_before) < 8
     if number != signal.SIGKILL:
+        assert said.endswith("ed: published shards are kept; run again to go on\n")
         assert not list(out.rglob("*.tmp"))
 
     done = run_cli(*command[1:], "--json")

@@ -1,5 +1,8 @@
 import json
+import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +198,19 @@ def test_labels_that_differ_and_directories_that_do_not_fit_are_said(tmp_path, d
         compare_encoders([pair / "good", pair / "nowhere"], out=tmp_path, **QUICK)
 
 
+def test_too_few_rows_for_a_search_are_said_before_any_probe(tmp_path, data):
+    good, worse, labels = data
+    few = np.concatenate([np.flatnonzero(labels == label)[:2] for label in np.unique(labels)])
+    paths = [write(tmp_path / "good", good[few], labels[few]), write(tmp_path / "worse", worse[few], labels[few])]
+    tests = [write(tmp_path / "t0", good[:99], labels[:99]), write(tmp_path / "t1", worse[:99], labels[:99])]
+    notes = []
+    with pytest.raises(ClassesError, match="14 rows of 7 classes are too few to hold 0.2 of each class out"):
+        compare_encoders(
+            paths, tests=tests, c=None, shots=[1], out=tmp_path, on_progress=lambda *note: notes.append(note[2]), **CPU
+        )
+    assert notes == ["reading keys and labels"]
+
+
 def test_what_contradicts_itself_is_said(pair, tmp_path):
     both = [pair / "good", pair / "worse"]
     for folders, options, message in [
@@ -278,6 +294,20 @@ def test_accuracies_are_those_of_scikit_learn_on_the_rows_that_were_drawn(data, 
     pairs = found.encoders[1].against_best
     assert abs(pairs.only_best - (right[0] & ~right[1]).sum()) <= 2
     assert abs(pairs.only_this - (right[1] & ~right[0]).sum()) <= 2
+
+
+@pytest.mark.parametrize(("number", "status", "said"), [(signal.SIGINT, 130, "interrupted"),
+                                                        (signal.SIGTERM, 143, "terminated")])  # fmt: skip
+def test_stopped_it_has_kept_nothing_and_says_so(pair, tmp_path, number, status, said):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    stop = threading.Timer(1, os.kill, (os.getpid(), number))
+    stop.start()
+    try:
+        done = run(pair / "good", pair / "worse", "--seeds", 1000, "--device", "cpu", "--out", tmp_path / "out")
+    finally:
+        stop.cancel()
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (status, f"{said}: run again to start over")
+    assert not (tmp_path / "out").exists()
 
 
 def run(*arguments):

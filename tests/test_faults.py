@@ -157,6 +157,18 @@ def test_alone_an_image_gives_the_same_pixels():
         decoder.decode(b"", found)
 
 
+def test_a_jpeg_alone_waits_for_pytorch_and_no_more(monkeypatch, tmp_path):
+    for name in ("open_clip", "torchvision"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('not here')")
+    monkeypatch.syspath_prepend(tmp_path)
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    decoder = alone.LoneDecoder(PixelEncoder().info.preprocess, **OPTIONS)
+    assert decoder.decode(encoded(), pixels) == (96, 64)
+    # What has to be there for others and is not says nothing of the image.
+    with pytest.raises(SampleError, match="failed in a process of its own: ImportError: not here"):
+        decoder.decode(encoded(form="PNG"), pixels)
+
+
 def test_closing_ends_what_runs_alone(monkeypatch):
     monkeypatch.setattr(alone, "_CODE", "import time; time.sleep(60)")
     decoder = alone.LoneDecoder(PixelEncoder().info.preprocess, **OPTIONS)

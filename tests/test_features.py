@@ -167,6 +167,48 @@ def test_encoders_are_compared_by_the_features_before_the_projection_where_there
     assert (as_it_is.vectors, as_it_is.zero_shot) == ("projected", both.zero_shot)
 
 
+def test_a_directory_is_compared_with_itself_before_and_after_its_projection(folders, tmp_path):
+    how = {"shots": [1, 2], "seeds": 2, "out": tmp_path / "compare", "names": ["a", "b", "c"], **HOW}
+    flags = {"pre_projection": True, "projected": True}
+    test = shutil.copytree(folders / "both", tmp_path / "test")
+    for tests in ([], [test]):
+        after, before = compare_encoders([folders / "both"], tests=tests, **flags, **how).encoders
+        assert (after.vectors, after.dim, after.name) == ("projected", 64, "demo projected")
+        assert (before.vectors, before.dim, before.name) == ("pre-projection", 512, "demo pre-projection")
+        assert (after.folder, after.zero_shot) == (before.folder, before.zero_shot)
+    # The same as of two directories with one kind each.
+    two = [folders / "projected", folders / "pre-projection"]
+    found = compare_encoders([folders / "both"], **flags, **how).encoders
+    for own, other in zip(found, compare_encoders(two, **how).encoders, strict=True):
+        assert (own.fingerprint, own.few_shot, own.probe) == (other.fingerprint, other.few_shot, other.probe)
+    notes = []
+    three = compare_encoders(
+        [folders / "both", folders / "timm"], on_progress=lambda *note: notes.append(note), **flags, **how
+    ).encoders
+    assert [one.vectors for one in three] == ["projected", "pre-projection", "pooled"]
+    assert [one.no_zero_shot is None for one in three] == [True, True, False]
+    assert {total for _, total, _ in notes} == {3}
+    for folder, options, message in [
+        ("both", {}, "two or more .*, or --pre-projection --projected for one that was embedded with --features both"),
+        ("both", {"pre_projection": True}, "two or more"),
+        ("pre-projection", flags, "two or more"),
+        ("projected", flags, "no directory holds features before a projection"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            compare_encoders([folders / folder], **options, **how)
+    with pytest.raises(UsageError, match="given twice: .* --pre-projection --projected compares"):
+        compare_encoders([folders / "both"] * 2, pre_projection=True, **how)
+
+
+def test_the_command_compares_a_directory_with_itself(folders, tmp_path):
+    flags = ["--pre-projection", "--projected", "--shots", "none", "--device", "cpu"]
+    done = run_cli("compare", folders / "both", *flags, "--out", tmp_path / "out", "--plot", tmp_path / "c.svg")
+    assert done.returncode == 0, done.stderr
+    _, _, after, before, pair, *_ = [line.split() for line in done.stdout.splitlines()]
+    assert after[1:4] == ["demo", "projected", "64"] and before[1:4] == ["demo", "pre-projection", "512"]
+    assert " ".join(pair).startswith("full probes: only demo p")
+
+
 def test_a_few_shot_curve_before_the_projection_beside_zero_shot_after_it(folders, tmp_path):
     how = {"held_out": 0.3, "names": ["a", "b", "c"], "seeds": 3, "device": "cpu", "precision": "fp32"}
     curves = [

@@ -4,6 +4,7 @@ import logging
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -118,6 +119,7 @@ def downloads(monkeypatch, tmp_path, tensors):
     """Let every tag download the tiny weights."""
     path = save(tensors, tmp_path / "downloaded.safetensors")
     monkeypatch.setattr(pretrained, "download_pretrained", lambda cfg, **_: str(path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 # --- ways of naming a model
@@ -196,6 +198,7 @@ def test_failed_download_names_what_was_tried(registry, monkeypatch):
         raise FileNotFoundError("no route to host")
 
     monkeypatch.setattr(pretrained, "download_pretrained", fail)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"Tiny.*openai from org/tiny/.*no route to host.*check the network"):
         load_model(ModelSpec(name="Tiny", pretrained="openai"))
 
@@ -208,7 +211,34 @@ def hub(monkeypatch, folder, reachable=True):
             raise EntryNotFoundError(f"404: {name}")
         return str(folder / name)
 
+    def ask(url, **_):
+        if not reachable:
+            raise ConnectionError("no connection")
+
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", ask)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"name": "hf-hub:org/repo"}, "hf-hub:org/repo: cannot reach the Hugging Face Hub"),
+        (
+            {"name": "Tiny", "pretrained": "openai"},
+            "openai are not cached, and .* does not answer for org/tiny/ .*refused",
+        ),
+    ],
+)
+def test_a_hub_that_does_not_answer_is_not_waited_for(registry, monkeypatch, tmp_path, spec, message):
+    nobody = "http://127.0.0.1:9"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", nobody)
+    template = nobody + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    started = time.monotonic()
+    with pytest.raises(ModelError, match=message):
+        load_model(ModelSpec(**spec))
+    assert time.monotonic() - started < 10
 
 
 def test_hub_repository(tmp_path, monkeypatch, tensors):

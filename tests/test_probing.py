@@ -270,6 +270,9 @@ def test_labels_that_make_no_probe_are_said(tmp_path):
     write_directory(tmp_path / "few", raw[:8], [0, 0, 0, 0, 0, 1, 1, None])
     with pytest.raises(ClassesError, match="label 1 has 2 rows to learn from, fewer than 4 shots need"):
         few_shot_curve(tmp_path / "few", [1, 4], test=tmp_path / "one", **CPU)
+    # Before the model is looked for, which is nowhere.
+    with pytest.raises(ClassesError, match="label 1 has 2 rows .*, fewer than 2 shots and 2 rows to validate on need"):
+        few_shot_curve(tmp_path / "few", [2], c=None, test=tmp_path / "one", names=list("abcde"), **CPU)
     with pytest.raises(UsageError, match="few is learned from, so testing on it says nothing"):
         train_probe(tmp_path / "few", test=tmp_path / "x" / ".." / "few", **CPU)
     with pytest.raises(ClassesError, match="too few to hold 0.01"):

@@ -3,12 +3,14 @@
 import io
 import json
 import logging
+import time
 
 import numpy as np
 import pytest
 import timm
 import torch
 from corpus import encoded, picture
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
@@ -81,6 +83,7 @@ def test_weights_are_timms_default_unless_they_are_named(monkeypatch, caplog):
 
     real = timm.create_model
     monkeypatch.setattr(timm, "create_model", create_model)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     caplog.set_level(logging.INFO, "clipindex")
     for name, pretrained in (("resnet18", None), ("resnet18.tv_in1k", None), ("resnet18", "tv_in1k")):
         info = load_model(ModelSpec(name=f"timm:{name}", pretrained=pretrained)).info
@@ -88,6 +91,35 @@ def test_weights_are_timms_default_unless_they_are_named(monkeypatch, caplog):
     default = timm.get_pretrained_cfg("resnet18").tag
     assert asked == [(f"resnet18.{default}", True), ("resnet18.tv_in1k", True), ("resnet18.tv_in1k", True)]
     assert f"timm:resnet18: timm's default weights, {default}" in caplog.text
+
+
+def test_without_network_what_is_not_cached_is_said_at_once_and_what_is_gets_loaded(tmp_path, monkeypatch):
+    nobody = "http://127.0.0.1:9"
+    monkeypatch.setattr(constants, "ENDPOINT", nobody)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nobody + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    spec = ModelSpec(name="timm:test_vit.r160_in1k")
+    started = time.monotonic()
+    with pytest.raises(
+        ModelError, match="its weights are not cached, and the Hugging Face Hub does not answer .*refused"
+    ):
+        load_model(spec)
+    assert time.monotonic() - started < 10  # 23 s by the Hub's client
+    with monkeypatch.context() as offline:
+        offline.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(ModelError, match="cannot fetch its weights .*; unset HF_HUB_OFFLINE"):
+            load_model(spec)
+
+    theirs = timm.create_model("test_vit", pretrained=False)
+    repo = tmp_path / "models--timm--test_vit.r160_in1k"
+    for part in ("refs", "snapshots/0a1b2c"):
+        (repo / part).mkdir(parents=True)
+    (repo / "refs" / "main").write_text("0a1b2c")
+    save_file(
+        {key: t.contiguous() for key, t in theirs.state_dict().items()}, repo / "snapshots/0a1b2c/model.safetensors"
+    )
+    found = load_model(spec).model.visual.state_dict()
+    assert all(torch.equal(found[name], theirs.state_dict()[name]) for name in found)
 
 
 @pytest.mark.parametrize(

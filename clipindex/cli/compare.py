@@ -42,6 +42,9 @@ compare_options = [
                  help="The encoder's output as it was, or brought to unit length."),
     click.option("--pre-projection", is_flag=True,
                  help="Let probes learn from the features before the projection, where DIR was embedded with both."),
+    click.option("--projected", is_flag=True,
+                 help="With --pre-projection: probes of the features after it as well, so that DIR is compared with"
+                      " itself; one DIR is then enough."),
     click.option("--classes", type=click.Path(path_type=Path), metavar="FILE",
                  help="Class names, one a line, in the order of the labels: zero-shot is measured as well."),
     click.option("--templates", metavar="FILE|NAME",
@@ -135,7 +138,7 @@ def _lines(found: "Comparison") -> list[str]:
         for one in found.encoders
         if found.templates and one.no_zero_shot
     ]
-    best = next(one for one in found.encoders if one.folder == found.best)
+    best = next(one for one in found.encoders if one.against_best is None)
     for one in found.encoders:
         if one.against_best is not None:
             pair = one.against_best
@@ -167,7 +170,7 @@ def _table(found: "Comparison") -> list[str]:
     }
     columns = [
         ["directory", *(one.folder for one in encoders)],
-        ["model", *(one.name.removesuffix(f" ({one.folder})") for one in encoders)],
+        ["model", *(one.name.removesuffix(f" {one.vectors}").removesuffix(f" ({one.folder})") for one in encoders)],
         ["probed", *(one.vectors for one in encoders)],
         ["D", *(str(one.dim) for one in encoders)],
         *([f"{head} ", *_starred(column)] for head, column in measured.items()),

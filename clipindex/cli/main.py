@@ -29,6 +29,9 @@ from clipindex.cli import (
 from clipindex.errors import ClipindexError, UsageError
 from clipindex.version import __version__
 
+_GOING_ON = ("embed", "import", "export")
+"""Commands that are done by the shard, and leave out what is done already."""
+
 
 def main() -> None:
     """Run the program and exit with its status."""
@@ -55,14 +58,20 @@ def run(arguments: Sequence[str]) -> int:
         return 1
     except (OSError, _Terminated) as error:
         if stopped_by:  # on its way up, a bar may have met a terminal that has gone
-            _say("terminated: published shards are kept; run again to go on")
+            _say(f"terminated: {_how_to_go_on(arguments)}")
             return 128 + stopped_by[0]
         assert isinstance(error, OSError)  # a full disk, a missing right: the system's words, without the traceback
         _say(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
         return 1
     except (click.Abort, KeyboardInterrupt):
-        _say("interrupted: published shards are kept; run again to go on")
+        _say(f"interrupted: {_how_to_go_on(arguments)}")
         return 128 + signal.SIGINT
+
+
+def _how_to_go_on(arguments: Sequence[str]) -> str:
+    if next(iter(arguments), None) in _GOING_ON:
+        return "published shards are kept; run again to go on"
+    return "run again to start over"
 
 
 def _say(message: str) -> None:

@@ -24,7 +24,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchvision.io
 
 from clipindex.decode.baseline import Baseline, read_baseline
 from clipindex.decode.geometry import LARGE_PIXELS, check_pixels, crop_origin, is_plain, resized_size
@@ -181,6 +180,8 @@ def decode_jpegs(images: Sequence[bytes], device: torch.device) -> list[torch.Te
     The operators themselves, which let go of the GIL: `torchvision.io.decode_jpeg` around them warns at every call of
     torchvision 0.29 that it will go one day, and catching warnings is not for threads.
     """
+    import torchvision.io  # here, since it takes seconds, and few runs have such a device
+
     mode = torchvision.io.ImageReadMode.RGB.value
     encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in images]  # bytes cannot be written to
     if device.type == "cuda":

@@ -7,9 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, UnidentifiedImageError
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from clipindex.decode.geometry import MAX_PIXELS, check_pixels, room
 from clipindex.errors import SampleError
@@ -37,9 +35,10 @@ def decode_reference(
             if image.format == "JPEG2000":
                 _check_whole_jpeg2000(data)
             with room(width, height):
+                image.load()  # before the transform is made, whose first making takes seconds and memory
                 out[:] = np.asarray(_reference_transform(preprocess)(image))
             return width, height
-    except (SampleError, MemoryError):
+    except (SampleError, MemoryError, ImportError):  # the last says nothing of the image
         raise
     except Exception as error:  # Pillow's plugins raise whatever their parsers met
         raise SampleError(_reason(error, data)) from error
@@ -83,6 +82,9 @@ def _reference_transform(preprocess: Preprocess) -> Any:  # noqa: ANN401 - torch
     """open_clip's own inference transform, stopped before it leaves uint8; or timm's."""
     if preprocess.resize_size is not None:
         return _timm_transform(preprocess, preprocess.resize_size)
+    # Here, since a process for one JPEG needs neither open_clip nor torchvision, and they take seconds.
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
     transform = image_transform_v2(
         PreprocessCfg(
             size=preprocess.size,
@@ -98,6 +100,8 @@ def _reference_transform(preprocess: Preprocess) -> Any:  # noqa: ANN401 - torch
 
 def _timm_transform(preprocess: Preprocess, resize_size: tuple[int, int]) -> Any:  # noqa: ANN401 - torchvision is untyped
     """As timm.data.create_transform for inference, and in the order of its data sets: RGB, resize, centre crop."""
+    from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
     target = resize_size if preprocess.resize_mode == "squash" else resize_size[0]
     return Compose(
         [

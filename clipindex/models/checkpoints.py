@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import time
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import safetensors
 import safetensors.torch
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
 from clipindex.errors import ModelError
 
@@ -26,6 +27,7 @@ Tensors = dict[str, torch.Tensor]
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 _HUB_PREFIX = "hf-hub:"
+_HUB_TIMEOUT_S = 5
 _TORCHSCRIPT_LEFTOVERS = {"input_resolution", "context_length", "vocab_size"}
 _WRAPPERS = ("module.", "_orig_mod.")
 
@@ -81,16 +83,19 @@ class HubRepo:
             ModelError: the Hub cannot be reached and the file is not cached (a missing optional file would
                 otherwise silently change the preprocessing), or the repository is absent, private or gated.
         """
+        unreachable = ModelError(
+            f"{self.origin}: cannot reach the Hugging Face Hub for {name}; check the network, or "
+            "download the repository elsewhere and give local-dir:PATH, or set HF_HUB_OFFLINE=1 to use "
+            "only what is cached"
+        )
+        if hub_obstacle(self.repo, [name]):
+            raise unreachable
         try:
             return Path(huggingface_hub.hf_hub_download(self.repo, name))
         except LocalEntryNotFoundError as error:
             if constants.HF_HUB_OFFLINE:
                 return None
-            raise ModelError(
-                f"{self.origin}: cannot reach the Hugging Face Hub for {name}; check the network, or "
-                "download the repository elsewhere and give local-dir:PATH, or set HF_HUB_OFFLINE=1 to use "
-                "only what is cached"
-            ) from error
+            raise unreachable from error
         except EntryNotFoundError:
             return None
         except Exception as error:  # the Hub's client lets those of its HTTP library through
@@ -99,6 +104,37 @@ class HubRepo:
                 f"{self.origin}: cannot fetch {name} ({type(error).__name__}: {first_line}); check the "
                 "repository's name and your access to it (`hf auth login` for a gated one)"
             ) from error
+
+
+def hub_obstacle(repo: str, names: Sequence[str]) -> str | None:
+    """Why a file that is not cached cannot be had from the Hub, which does not answer; None if nothing is known.
+
+    The Hub's own client goes on trying for 23 seconds a file (huggingface_hub 2.4), and has no setting for that. So it
+    is asked about the file beforehand, twice. With HF_HUB_OFFLINE it says at once what is not cached.
+
+    Args:
+        repo: ORG/REPO, or ORG/REPO@REVISION.
+        names: Of files, any of which will do, or the same called .safetensors.
+    """
+    repo, _, revision = repo.partition("@")
+    version = revision or None
+    known = {*names, *(str(Path(name).with_suffix(".safetensors")) for name in names)}
+    cached = (huggingface_hub.try_to_load_from_cache(repo, name, revision=version) for name in known)
+    if constants.HF_HUB_OFFLINE or any(isinstance(path, str) for path in cached):
+        return None
+    said = ""
+    for wait_s in (0, 1):
+        time.sleep(wait_s)
+        try:
+            url = huggingface_hub.hf_hub_url(repo, names[0], revision=version)
+            huggingface_hub.get_hf_file_metadata(url, timeout=_HUB_TIMEOUT_S)
+        except HfHubHTTPError:  # an answer, which its client understands
+            return None
+        except Exception as error:  # of its HTTP library, which has been another one before
+            said = f"{type(error).__name__}: {error}"
+        else:
+            return None
+    return said
 
 
 def read_json(path: Path) -> Config:

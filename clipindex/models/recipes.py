@@ -26,6 +26,7 @@ from clipindex.models.checkpoints import (
     HubRepo,
     Tensors,
     find_weights,
+    hub_obstacle,
     read_json,
 )
 from clipindex.types import ModelSpec
@@ -240,10 +241,16 @@ def _from_tag(recipe: Recipe, name: str, tag: Config) -> Recipe:
     # architecture's file holds.
     stated = bool(tag.get("quick_gelu") or recipe.model_cfg.get("quick_gelu", False))
     quick_gelu = _agreed_quick_gelu(recipe.spec, stated, f"{name} with --pretrained {recipe.spec.pretrained}")
+    source = tag.get("hf_hub") or tag.get("url")
+    repo, _, file = tag.get("hf_hub", "").rpartition("/")
+    if repo and (why := hub_obstacle(repo, [file] if file else _OPEN_CLIP_WEIGHTS)):
+        raise ModelError(
+            f"{name}: the weights {recipe.spec.pretrained} are not cached, and the Hugging Face Hub does not answer "
+            f"for {source} ({why}); check the network, or fetch them elsewhere and give the file as --pretrained"
+        )
     try:
         path = Path(open_clip.pretrained.download_pretrained(tag))
     except Exception as error:  # urllib, the Hub's client and open_clip itself each raise their own kinds
-        source = tag.get("hf_hub") or tag.get("url")
         raise ModelError(
             f"{name}: cannot download the weights {recipe.spec.pretrained} from {source} ({error}); check "
             "the network, or fetch them elsewhere and give the file as --pretrained"

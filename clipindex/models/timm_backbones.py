@@ -13,16 +13,18 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import constants
 from timm.data import resolve_data_config
 
 from clipindex.errors import ModelError
-from clipindex.models.checkpoints import WEIGHT_SUFFIXES, read_json, read_tensors
+from clipindex.models.checkpoints import WEIGHT_SUFFIXES, hub_obstacle, read_json, read_tensors
 from clipindex.models.weights import drawing, fill, fingerprint
 from clipindex.types import ModelInfo, ModelSpec, Preprocess
 
 log = logging.getLogger(__name__)
 
 TIMM_PREFIX = "timm:"
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def load_backbone(spec: ModelSpec) -> tuple[torch.nn.Module, ModelInfo]:
@@ -111,17 +113,30 @@ def _by_tag(spec: ModelSpec, architecture: str, tag: str, tags: list[str]) -> Mo
 
 def _build(spec: ModelSpec, name: str, *, fetch: bool | None = None) -> torch.nn.Module:
     fetch = spec.random_init is None if fetch is None else fetch
+    if fetch:
+        _check_reachable(spec, name)
     with drawing(spec.random_init):
         try:
             model: torch.nn.Module = timm.create_model(name, pretrained=fetch, num_classes=0)
         except Exception as error:  # the Hub's client, urllib and timm's models each raise their own kinds
             if fetch:
+                remedy = "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else "check the network"
                 raise ModelError(
-                    f"{spec.name}: cannot fetch its weights ({type(error).__name__}: {error}); check the network, or"
+                    f"{spec.name}: cannot fetch its weights ({type(error).__name__}: {error}); {remedy}, or"
                     " fetch them elsewhere and give the file as --pretrained"
                 ) from error
             raise ModelError(f"{spec.name}: timm cannot build it ({type(error).__name__}: {error})") from error
     return model.float()
+
+
+def _check_reachable(spec: ModelSpec, name: str) -> None:
+    cfg = timm.get_pretrained_cfg(name)
+    files = (cfg.hf_hub_filename,) if cfg.hf_hub_filename else _HUB_FILES
+    if cfg.hf_hub_id and (why := hub_obstacle(cfg.hf_hub_id, files)):
+        raise ModelError(
+            f"{spec.name}: its weights are not cached, and the Hugging Face Hub does not answer ({why}); check the"
+            " network, or fetch them elsewhere and give the file as --pretrained"
+        )
 
 
 def _from_file(spec: ModelSpec, name: str, cfg: dict[str, Any]) -> tuple[torch.nn.Module, dict[str, Any]]:

@@ -19,7 +19,7 @@ from clipindex.types import Preprocess, UInt8Array
 TIMEOUT_S = 120
 """For loading PyTorch on a busy machine and decoding the largest image there is."""
 AT_ONCE = 4
-"""Processes of 0.9 GB each: suspects are often neighbours, and come at the same moment."""
+"""Processes of up to 0.9 GB each: suspects are often neighbours, and come at the same moment."""
 
 # The working directory may hold anything; modules come from where the parent has them (in Python 3.10, `-c` adds it).
 _CODE = "import sys; sys.path[:] = filter(None, sys.path); from clipindex.pipeline.alone import main; main()"

@@ -15,17 +15,10 @@ import torch
 from clipindex.atomic import check_folder, write_json
 from clipindex.devices import choose_device
 from clipindex.errors import UsageError
-from clipindex.logistic import Linear, block_rows
+from clipindex.logistic import Fit, Linear, block_rows
 from clipindex.metrics import ClassificationCounts, mcnemar
-from clipindex.probing.comparison import (
-    Accuracy,
-    Comparison,
-    EncoderResult,
-    FullProbe,
-    Paired,
-    name_encoders,
-)
-from clipindex.probing.encoders import check_directories, choose_features, embed_names
+from clipindex.probing.comparison import Accuracy, Comparison, EncoderResult, FullProbe, Paired
+from clipindex.probing.encoders import Encoder, check_directories, check_tests, choose_encoders, embed_names
 from clipindex.probing.evaluation import Ranked, count
 from clipindex.probing.few_shot import count_drawn, few_shot_points, fit_shots
 from clipindex.probing.protocols import README_C, Setting, check_c, fit_at
@@ -34,8 +27,8 @@ from clipindex.probing.shared_task import Aligned, SharedTask, align, pose_share
 from clipindex.probing.task import check_choices, low_precision, name_classes, read_names
 from clipindex.probing.train import validation_split
 from clipindex.prompts import read_templates
-from clipindex.store import check_fingerprint, find_vectors, read_dataset
-from clipindex.types import ModelInfo, ModelSpec
+from clipindex.store import read_dataset
+from clipindex.types import ModelSpec
 
 COMPARISON_FILE = "compare.json"
 SHOTS = (1, 2, 4, 8, 16)
@@ -58,6 +51,7 @@ def compare_encoders(
     c: float | None = README_C,
     features: str = "raw",
     pre_projection: bool = False,
+    projected: bool = False,
     names: str | Path | Sequence[str] | None = None,
     templates: str = "simple",
     models: Mapping[str | Path, str | ModelSpec] | None = None,
@@ -70,7 +64,8 @@ def compare_encoders(
     """Measure embedding directories of the same images, as zero-shot classifiers and by linear probes.
 
     Args:
-        folders: Two or more directories, of any models. Rows that not all of them have are left out, and said.
+        folders: Two or more directories, of any models, or one with `projected`. Rows that not all have are left out,
+            and said.
         tests: Directories to test on, one for each of `folders`, of its model, in that order.
         held_out: Or the fraction of each class to test on; a fifth by default.
         shots: Rows a class of the few-shot probes; none for no such probes.
@@ -79,6 +74,7 @@ def compare_encoders(
         c: scikit-learn's C; None to search it for each probe of each directory.
         features: 'raw' or 'normalized'.
         pre_projection: Let probes learn from the features before the projection, where a directory holds both kinds.
+        projected: Beside these, from those after it as well: such a directory is compared with itself.
         names: Class names, or a file with one a line, whose place is the label: for zero-shot.
         templates: Its prompts, as in `zeroshot.classify`.
         models: For some of `folders`, how to load the model for that, where the directory's record does not lead to its
@@ -100,10 +96,11 @@ def compare_encoders(
     paths, test_paths = [Path(folder) for folder in folders], [Path(folder) for folder in tests]
     check_directories(paths, test_paths)
     check_folder(Path(out))
-    if shots and (min(shots) < 1 or seeds < 1):
-        raise UsageError("give at least one seed and numbers of shots of at least 1")
-    check_c(c)
+    _check_numbers(shots, seeds, c)
     check_choices(features, held_out, is_tested_elsewhere=bool(tests))
+    datasets = [read_dataset(folder) for folder in paths]
+    encoders = choose_encoders(paths, datasets, projected=projected, pre_projection=pre_projection)
+    check_tests(test_paths, datasets, encoders)
     settings = _Settings(
         features=features,
         shots=tuple(sorted(set(shots))),
@@ -112,26 +109,16 @@ def compare_encoders(
         c=c,
         device=choose_device(device),
         memory_bytes=memory_bytes,
-        on_note=lambda done, note: on_progress(done, len(paths), note),
+        on_note=lambda done, note: on_progress(done, len(encoders), note),
     )
-    datasets = [read_dataset(folder) for folder in paths]
-    infos = [dataset.model for dataset in datasets]
-    labels = name_encoders(paths, infos)
-    learned = choose_features(paths, datasets, pre_projection)
-    for folder, info, probed in zip(test_paths, infos, learned, strict=False):
-        dataset = read_dataset(folder)
-        check_fingerprint(folder, dataset.model, info)
-        find_vectors(folder, dataset, probed)
-    on_progress(0, len(paths), "reading keys and labels")
+    settings.on_note(0, "reading keys and labels")
     task = pose_shared_task(paths, test_paths, HELD_OUT if held_out is None else held_out, seed)
-    if shots:
-        count_drawn(task.class_ids[task.training], task.classes, settings.shots, c)
-    prompts = read_templates(templates)
-    known = None if names is None else read_names(names)
+    searched = _check_rows(task, settings)
+    prompts, known = read_templates(templates), None if names is None else read_names(names)
     name_classes(task.classes, known)
     texts = embed_names(
         paths,
-        infos,
+        [dataset.model for dataset in datasets],
         known,
         [*task.classes, *task.unseen],
         prompts,
@@ -140,27 +127,8 @@ def compare_encoders(
         settings.device,
         lambda note: settings.on_note(0, note),
     )
-    measured = [_measure(task, at, labels[at], info, texts[at], settings) for at, info in enumerate(learned)]
-    results = _pair_with_best(measured)
-    both = (task.joined, task.tested) if tests else (task.joined,)
-    comparison = Comparison(
-        out=str(out),
-        joined_by=task.joined.by,
-        sides=tuple(side for joined in both for side in joined.sides),
-        unlabelled=sum(joined.unlabelled for joined in both),
-        classes=len(task.classes),
-        training_rows=len(task.training),
-        test_rows=len(task.test),
-        test=task.source,
-        unseen=task.unseen,
-        features=features,
-        templates=0 if names is None else len(prompts),
-        seed=seed,
-        seeds=settings.draws,
-        best=next(result.folder for result in results if result.against_best is None),
-        encoders=tuple(results),
-        seconds=round(time.perf_counter() - started, 3),
-    )
+    measured = [_measure(task, done, one, texts[one.at], searched, settings) for done, one in enumerate(encoders)]
+    comparison = _summarise(Path(out), task, measured, 0 if known is None else len(prompts), settings, started)
     write_json(Path(out) / COMPARISON_FILE, asdict(comparison))
     return comparison
 
@@ -177,53 +145,62 @@ class _Settings:
     device: torch.device
     memory_bytes: int | None
     on_note: Callable[[int, str], None]
-    """Called with the number of directories done, and what is being done."""
+    """Called with the number of encoders done, and what is being done."""
+
+
+def _check_numbers(shots: Sequence[int], seeds: int, c: float | None) -> None:
+    if shots and (min(shots) < 1 or seeds < 1):
+        raise UsageError("give at least one seed and numbers of shots of at least 1")
+    check_c(c)
+
+
+def _check_rows(task: SharedTask, settings: _Settings) -> tuple[Ids, Ids] | None:
+    """Refuse too few rows before anything is fitted; what a search of C trains on and validates on, if there is one."""
+    if settings.shots:
+        count_drawn(task.class_ids[task.training], task.classes, settings.shots, settings.c)
+    return validation_split(task.class_ids, task.training, settings.seed) if settings.c is None else None
 
 
 def _measure(
-    task: SharedTask, at: int, name: str, info: ModelInfo, text: Linear | str, settings: _Settings
+    task: SharedTask,
+    done: int,
+    encoder: Encoder,
+    text: Linear | str,
+    searched: tuple[Ids, Ids] | None,
+    settings: _Settings,
 ) -> tuple[EncoderResult, Hits]:
-    """Train and test all probes of a directory; which test rows its full one gets right [n]."""
+    """Train and test all probes of an encoder; which test rows its full one gets right [n]."""
     started = time.perf_counter()
 
     def say(note: str) -> None:
-        settings.on_note(at, f"{name}: {note}")
+        settings.on_note(done, f"{encoder.name}: {note}")
 
     say("reading")
-    folder = Path(task.joined.sides[at].folder)
-    vectors = find_vectors(folder, read_dataset(folder), info)
-    where = (vectors, settings.features, settings.device, settings.memory_bytes)
-    own = align(task.joined, at, task.class_ids, *where, may_hold=True)
+    where = (encoder.vectors, settings.features, settings.device, settings.memory_bytes)
+    own = align(task.joined, encoder.at, task.class_ids, *where, may_hold=True)
     linears, strengths = _few_shot(task, own, settings, say)
-    full, c, passes, converged = _fit_full(task, own, settings, say)
+    fitted = _fit_full(task, own, searched, settings, say)
     say("testing")
     tested = own
     if task.tested is not task.joined:
-        tested = align(task.tested, at, task.tested_ids, *where, may_hold=False)
+        tested = align(task.tested, encoder.at, task.tested_ids, *where, may_hold=False)
     num_classes = len(task.classes) + len(task.unseen)
-    of_probe, right = _test(task, tested, [*linears, full], num_classes, settings)
-    zero_shot = None
-    if not isinstance(text, str):
-        where = ("embedding", "normalized", settings.device, settings.memory_bytes)
-        projected = align(task.tested, at, task.tested_ids, *where, may_hold=False)
-        passes_over = projected.rows.passes(projected.ascending(task.test), block_rows(len(text[1]), settings.device))
-        (counts,) = count(passes_over, [text], len(text[1]))
-        zero_shot = _accuracy(counts)
+    of_probe, right = _test(task, tested, [*linears, (fitted.weights, fitted.intercept)], num_classes, settings)
     result = EncoderResult(
-        folder=str(folder),
-        name=name,
-        model=info.spec,
-        fingerprint=info.fingerprint,
-        dim=info.dim,
-        vectors=info.features,
-        zero_shot=zero_shot,
+        folder=task.joined.sides[encoder.at].folder,
+        name=encoder.name,
+        model=encoder.model.spec,
+        fingerprint=encoder.model.fingerprint,
+        dim=encoder.model.dim,
+        vectors=encoder.model.features,
+        zero_shot=None if isinstance(text, str) else _zero_shot(task, encoder.at, text, settings),
         no_zero_shot=text if isinstance(text, str) else None,
         few_shot=few_shot_points(settings.shots, [_accuracy(one).acc1 for one in of_probe[:-1]], strengths),
         probe=FullProbe(
             accuracy=_accuracy(of_probe[-1]),
-            c=c,
-            passes=passes,
-            converged=converged,
+            c=fitted.c,
+            passes=fitted.passes,
+            converged=fitted.converged,
             in_memory=isinstance(own.rows, Held),
         ),
         against_best=None,
@@ -251,9 +228,13 @@ def _few_shot(
 
 
 def _fit_full(
-    task: SharedTask, own: Aligned, settings: _Settings, say: Callable[[str], None]
-) -> tuple[Linear, float, int, bool]:
-    """The probe of all training rows, its C, its passes, and whether it converged."""
+    task: SharedTask,
+    own: Aligned,
+    searched: tuple[Ids, Ids] | None,
+    settings: _Settings,
+    say: Callable[[str], None],
+) -> Fit:
+    """The probe of all training rows."""
     setting = Setting(
         num_classes=len(task.classes),
         balanced=False,
@@ -262,12 +243,8 @@ def _fit_full(
         device=settings.device,
         on_pass=say,
     )
-    searched = None
-    if settings.c is None:
-        kept, out = validation_split(task.class_ids, task.training, settings.seed)
-        searched = (own.ascending(kept), own.ascending(out))
-    done, _ = fit_at(own.rows, own.ascending(task.training), settings.c, searched, setting)
-    return (done.weights, done.intercept), done.c, done.passes, done.converged
+    own_searched = None if searched is None else (own.ascending(searched[0]), own.ascending(searched[1]))
+    return fit_at(own.rows, own.ascending(task.training), settings.c, own_searched, setting)[0]
 
 
 def _test(
@@ -284,6 +261,15 @@ def _test(
     right = np.empty(len(task.test), np.bool_)
     right[np.argsort(tested.numbers(task.test))] = np.concatenate(parts)
     return counts, right
+
+
+def _zero_shot(task: SharedTask, at: int, text: Linear, settings: _Settings) -> Accuracy:
+    """Of the projected embeddings of a directory, whatever probes learn from."""
+    where = ("embedding", "normalized", settings.device, settings.memory_bytes)
+    tested = align(task.tested, at, task.tested_ids, *where, may_hold=False)
+    passes = tested.rows.passes(tested.ascending(task.test), block_rows(len(text[1]), settings.device))
+    (counts,) = count(passes, [text], len(text[1]))
+    return _accuracy(counts)
 
 
 def _accuracy(counts: ClassificationCounts) -> Accuracy:
@@ -306,3 +292,33 @@ def _pair_with_best(measured: Sequence[tuple[EncoderResult, Hits]]) -> list[Enco
         pair = Paired(only_best=only_best, only_this=only_this, p=mcnemar(only_best, only_this))
         results.append(result if at == best else replace(result, against_best=pair))
     return results
+
+
+def _summarise(
+    out: Path,
+    task: SharedTask,
+    measured: Sequence[tuple[EncoderResult, Hits]],
+    num_templates: int,
+    settings: _Settings,
+    started: float,
+) -> Comparison:
+    results = _pair_with_best(measured)
+    both = (task.joined,) if task.tested is task.joined else (task.joined, task.tested)
+    return Comparison(
+        out=str(out),
+        joined_by=task.joined.by,
+        sides=tuple(side for joined in both for side in joined.sides),
+        unlabelled=sum(joined.unlabelled for joined in both),
+        classes=len(task.classes),
+        training_rows=len(task.training),
+        test_rows=len(task.test),
+        test=task.source,
+        unseen=task.unseen,
+        features=settings.features,
+        templates=num_templates,
+        seed=settings.seed,
+        seeds=settings.draws,
+        best=next(result.folder for result in results if result.against_best is None),
+        encoders=tuple(results),
+        seconds=round(time.perf_counter() - started, 3),
+    )

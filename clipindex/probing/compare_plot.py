@@ -70,7 +70,7 @@ def _draw_encoder(
         ending = {"color": style["color"], "linestyle": ":", "linewidth": 1.4}
         axes.plot([places[-1], right + aside], [means[-1], full.acc1], **ending)
     bounds = [[full.acc1 - full.interval[0]], [full.interval[1] - full.acc1]]
-    name = f"{encoder.name}, {encoder.vectors}: {full.acc1:.2%}"
+    name = f"{encoder.name.removesuffix(f' {encoder.vectors}')}, {encoder.vectors}: {full.acc1:.2%}"
     if encoder.zero_shot is not None:
         name += f", zero-shot {encoder.zero_shot.acc1:.2%}"
         axes.plot([left + aside], [encoder.zero_shot.acc1], marker="*", markersize=13, color=style["color"])

@@ -1,12 +1,10 @@
-"""What a comparison of encoders finds, and what they are called in it."""
+"""What a comparison of encoders finds."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from clipindex.probing.few_shot import FewShotPoint
 from clipindex.probing.join import Side
-from clipindex.types import ModelInfo, ModelSpec
+from clipindex.types import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,27 +93,7 @@ class Comparison:
     seeds: tuple[int, ...]
     """Of the few-shot draws."""
     best: str
-    """Folder of the encoder whose full probe has the highest acc1; of several the first."""
+    """Folder of the encoder whose full probe has the highest acc1, of several the first; it has no `against_best`."""
     encoders: tuple[EncoderResult, ...]
-    """In the order in which they were given."""
+    """In the order in which they were given; of a directory the projected features first, where both are probed."""
     seconds: float
-
-
-def name_encoders(folders: Sequence[Path], models: Sequence[ModelInfo]) -> list[str]:
-    """What to call each: its model; with the weights, or the directory, where others have the same name.
-
-    A model of a path or a repository goes by the last part of it.
-    """
-    short = [model.spec.name.rstrip("/").rpartition("/")[2] for model in models]
-    weighted = [f"{name} {_weights(model.spec)}".rstrip() for name, model in zip(short, models, strict=True)]
-    placed = [f"{name} ({folder})" for name, folder in zip(short, folders, strict=True)]
-    return [
-        name if short.count(name) == 1 else longer if weighted.count(longer) == 1 else longest
-        for name, longer, longest in zip(short, weighted, placed, strict=True)
-    ]
-
-
-def _weights(spec: ModelSpec) -> str:
-    if spec.random_init is not None:
-        return f"random {spec.random_init}"
-    return Path(spec.pretrained).name if spec.pretrained else ""

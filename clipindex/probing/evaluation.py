@@ -18,7 +18,7 @@ from clipindex.multi_label import with_single_labels
 from clipindex.probing.lists import LISTS_COLUMN, label_kinds, read_all_lists, take_lists
 from clipindex.probing.probe import Probe
 from clipindex.probing.ranking import EVALUATION_PASSES, MultiLabelEvaluation, evaluate_lists
-from clipindex.probing.rows import Ids, Streamed, read_all_labels, take_part
+from clipindex.probing.rows import Ids, Labels, Streamed, read_all_labels, take_part
 from clipindex.store import LABELS_TYPE, NORM_COLUMNS, AtomicParquet, find_vectors, read_dataset, read_embeddings
 
 NUM_RANKED = 5
@@ -78,8 +78,7 @@ def evaluate_probe(
     chosen = choose_device(device)
     if probe.multi_label:
         return _evaluate_lists(folder, probe, vectors, chosen, on_progress)
-    _check_single_labels(folder)
-    labels = read_all_labels(folder)
+    labels = _read_single_labels(folder)
     part, unseen = take_part(labels, probe.classes)
     rows = Streamed([replace(part, vectors=vectors)], probe.features, chosen)
     linear = (probe.weights.to(chosen), probe.intercept.to(chosen))
@@ -93,17 +92,18 @@ def evaluate_probe(
     return summarise(counts, probe.classes, probe.names, unseen, labels.left_out)
 
 
-def _check_single_labels(folder: Path) -> None:
-    kinds = label_kinds([folder])
-    if kinds == {LISTS_COLUMN}:
-        raise ClassesError(
-            f"{folder}: the rows have lists of labels, and the probe is of one class a row; measure one that was"
-            " trained on lists"
-        )
-    if not kinds:
+def _read_single_labels(folder: Path) -> Labels:
+    try:
+        return read_all_labels(folder)
+    except ClassesError:
+        if label_kinds([folder]):
+            raise ClassesError(
+                f"{folder}: the rows have lists of labels, and the probe is of one class a row; measure one that was"
+                " trained on lists"
+            ) from None
         raise ClassesError(
             f"{folder}: no row has a label to measure a probe by; labels come from the .cls members of the tars"
-        )
+        ) from None
 
 
 def _evaluate_lists(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clipindex.atomic import check_folder, write_json
+from clipindex.atomic import write_json
 from clipindex.errors import ClassesError, UsageError
 from clipindex.logistic import Linear, block_rows
 from clipindex.probing.evaluation import count
@@ -113,15 +113,8 @@ def few_shot_curve(
         StoreError: A file is damaged.
     """
     started = time.perf_counter()
-    check_c(c)
-    if test is None and held_out is None:
-        raise UsageError("a few-shot curve needs rows to test on: another directory, or a fraction to hold out")
-    if not shots or min(shots) < 1 or seeds < 1:
-        raise UsageError("give at least one seed and numbers of shots of at least 1")
-    if label == LISTS_COLUMN:
-        raise UsageError("shots are rows of one class each, and rows of 'labels' have any number: leave shots out")
-    prompts = read_templates(templates)
-    known = None if names is None else read_names(names)
+    _check_options(shots, seeds, label, c, has_test=test is not None or held_out is not None)
+    prompts, known = read_templates(templates), None if names is None else read_names(names)
     task = pose_task(
         folder,
         label=label,
@@ -132,38 +125,36 @@ def few_shot_curve(
         names=known,
         device=device,
         pre_projection=pre_projection,
+        out=out,
     )
     assert task.test is not None
-    target = Path(out) if out is not None else task.folder / "probe"
-    check_folder(target)
+    shots, draws = sorted(set(shots)), tuple(range(seed, seed + seeds))
+    class_ids = task.rows.class_ids[task.training]
+    count_drawn(class_ids, task.classes, shots, c)
     texts: Linear | None = None
     if known is not None:  # before anything is learned, since there may be no model, or none that knows texts
         info, labels = read_dataset(task.folder).model, [*task.classes, *task.test.unseen]
         texts = zero_shot_linear(task.folder, info, known, labels, prompts, model, precision, task.device)
-    shots, draws = sorted(set(shots)), tuple(range(seed, seed + seeds))
-    class_ids = task.rows.class_ids[task.training]
     linears, strengths = fit_shots(
         task.rows, task.training, class_ids, task.classes, shots, draws, c, task.device, on_progress
     )
     on_progress("testing")
     found, test_rows = _accuracies(task, task.test, linears)
-    zero = None if texts is None else _zero_shot(task, task.test, texts)
-    curve = FewShotCurve(
-        out=str(target),
-        model=task.model.spec.name,
-        features=features,
-        vectors=task.model.features,
-        classes=len(task.classes),
-        test=task.test.source,
-        test_rows=test_rows,
-        seeds=draws,
-        points=few_shot_points(shots, found, strengths),
-        zero_shot=zero,
-        templates=len(prompts) if zero is not None else 0,
-        seconds=round(time.perf_counter() - started, 3),
-    )
-    write_json(target / CURVE_FILE, asdict(curve))
+    zero_shot = None if texts is None else _zero_shot(task, task.test, texts)
+    points = few_shot_points(shots, found, strengths)
+    curve = _summarise(task, task.test, test_rows, draws, points, zero_shot, len(prompts), started)
+    write_json(task.out / CURVE_FILE, asdict(curve))
     return curve
+
+
+def _check_options(shots: Sequence[int], seeds: int, label: str, c: float | None, *, has_test: bool) -> None:
+    check_c(c)
+    if not has_test:
+        raise UsageError("a few-shot curve needs rows to test on: another directory, or a fraction to hold out")
+    if not shots or min(shots) < 1 or seeds < 1:
+        raise UsageError("give at least one seed and numbers of shots of at least 1")
+    if label == LISTS_COLUMN:
+        raise UsageError("shots are rows of one class each, and rows of 'labels' have any number: leave shots out")
 
 
 def count_drawn(class_ids: Ids, classes: Sequence[int], shots: Sequence[int], c: float | None) -> int:
@@ -266,3 +257,29 @@ def _zero_shot(task: Task, test: TestRows, linear: Linear) -> float:
     passes = test.embeddings(task.device).passes(test.chosen, block_rows(num_classes, task.device))
     (counts,) = count(passes, [linear], num_classes)
     return float(counts.overall()["acc1"] or 0)
+
+
+def _summarise(
+    task: Task,
+    test: TestRows,
+    test_rows: int,
+    draws: tuple[int, ...],
+    points: tuple[FewShotPoint, ...],
+    zero_shot: float | None,
+    num_templates: int,
+    started: float,
+) -> FewShotCurve:
+    return FewShotCurve(
+        out=str(task.out),
+        model=task.model.spec.name,
+        features=task.features,
+        vectors=task.model.features,
+        classes=len(task.classes),
+        test=test.source,
+        test_rows=test_rows,
+        seeds=draws,
+        points=points,
+        zero_shot=zero_shot,
+        templates=0 if zero_shot is None else num_templates,
+        seconds=round(time.perf_counter() - started, 3),
+    )

@@ -70,12 +70,7 @@ def pose_shared_task(paths: Sequence[Path], tests: Sequence[Path], held_out: flo
         ClassesError: Labels cannot define a probe, or differ between directories.
         StoreError: Directories have no row in common, or a file is damaged.
     """
-    for folders in (paths, tests):
-        if label_kinds(folders) == {LISTS_COLUMN}:
-            where = ", ".join(map(str, folders))
-            raise ClassesError(f"{where}: the rows have lists of labels, and compare knows rows of one class only")
-    joined = join(paths)
-    _say_what_is_left_out(joined)
+    joined = _join(paths)
     classes = find_classes(joined.labels)
     class_ids = take_part(joined.labels, classes)[0].class_ids
     if not tests:
@@ -91,8 +86,7 @@ def pose_shared_task(paths: Sequence[Path], tests: Sequence[Path], held_out: flo
             unseen={},
             source=f"{held_out:g} of the common rows, held out",
         )
-    tested = join(tests)
-    _say_what_is_left_out(tested)
+    tested = _join(tests)
     part, unseen = take_part(tested.labels, classes)
     return SharedTask(
         joined=joined,
@@ -105,6 +99,20 @@ def pose_shared_task(paths: Sequence[Path], tests: Sequence[Path], held_out: flo
         unseen=unseen,
         source=", ".join(map(str, tests)),
     )
+
+
+def _join(folders: Sequence[Path]) -> Joined:
+    try:
+        joined = join(folders)
+    except ClassesError:
+        if label_kinds(folders) != {LISTS_COLUMN}:
+            raise
+        where = ", ".join(map(str, folders))
+        raise ClassesError(
+            f"{where}: the rows have lists of labels, and compare knows rows of one class only"
+        ) from None
+    _say_what_is_left_out(joined)
+    return joined
 
 
 def _say_what_is_left_out(joined: Joined) -> None:

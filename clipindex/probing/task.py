@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from clipindex.allocator import share_one_arena
+from clipindex.atomic import check_folder
 from clipindex.devices import choose_device, choose_precision
 from clipindex.errors import ClassesError, UsageError
 from clipindex.logistic import ClassLists
@@ -49,6 +50,8 @@ class Task:
     """Labelled rows to learn from, and to be tested on."""
 
     folder: Path
+    out: Path
+    """Where what is learned goes."""
     model: ModelInfo
     """Of the vectors that are learned from."""
     features: str
@@ -79,6 +82,7 @@ def pose_task(
     names: str | Path | Sequence[str] | None,
     device: str,
     pre_projection: bool,
+    out: str | Path | None,
 ) -> Task:
     """Read the labels and decide which rows are for what; `train.train_probe` says what the arguments mean.
 
@@ -86,13 +90,15 @@ def pose_task(
         UsageError: Options contradict each other.
         ClassesError: Labels cannot define a probe.
         FingerprintError: The test rows are of another model.
-        StoreError: A file is damaged.
+        StoreError: A file is damaged, or nothing can be written to `out`.
     """
     check_choices(features, held_out, is_tested_elsewhere=test is not None)
     folder = Path(folder)
+    target = Path(out) if out is not None else folder / "probe"
     if test is not None:
         check_test_is_other(Path(test), [folder])
     dataset = read_dataset(folder)
+    check_folder(target)
     model = model_before_projection(folder, dataset) if pre_projection else dataset.model
     chosen_device = choose_device(device)
     share_one_arena()
@@ -111,6 +117,7 @@ def pose_task(
         test_rows = _other_directory(Path(test), model, classes, label)
     return Task(
         folder=folder,
+        out=target,
         model=model,
         features=features,
         classes=classes,

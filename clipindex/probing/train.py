@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from clipindex.atomic import check_folder
 from clipindex.errors import UsageError
 from clipindex.logistic import Fit, block_rows
 from clipindex.probing.adamw import search_decay, train_adamw
@@ -95,34 +94,24 @@ def train_probe(
     started = time.perf_counter()
     check_c(c)
     uses_adamw = protocol == "clip-benchmark"
-    if uses_adamw and label == LISTS_COLUMN:
-        raise UsageError("CLIP_benchmark's probe knows rows of one class only; leave the protocol out for 'labels'")
-    if features is None:
-        features = "normalized" if uses_adamw else "raw"
+    if uses_adamw:
+        _check_adamw(label, balanced)
+    usual = "normalized" if uses_adamw else "raw"
     task = pose_task(
         folder,
         label=label,
-        features=features,
+        features=usual if features is None else features,
         test=test,
         held_out=held_out,
         seed=seed,
         names=names,
         device=device,
         pre_projection=pre_projection,
+        out=out,
     )
-    target = Path(out) if out is not None else task.folder / "probe"
-    check_folder(target)
     rows = hold_if_fits(task.rows, memory_bytes, task.device)
     if uses_adamw:
-        if balanced:
-            raise UsageError("CLIP_benchmark's probe does not balance classes")
-        if not isinstance(rows, Held):
-            usable = memory_bytes or usable_bytes(task.device)
-            raise UsageError(
-                "CLIP_benchmark's probe draws rows at random, so they must fit into memory: they take"
-                f" {task.rows.held_bytes / 2**30:.3g} GiB, and {usable / 2**30:.3g} may be used; --memory says how much"
-            )
-        probe = _train_adamw(task, rows, seed, on_progress)
+        probe = _train_adamw(task, _held(rows, memory_bytes, task.device), seed, on_progress)
     else:
         train = _train_logistic if task.lists is None else _train_lists
         probe = train(task, rows, c, balanced, seed, on_progress)
@@ -130,12 +119,12 @@ def train_probe(
     evaluation = None if task.test is None else _test(task, task.test, rows, probe)
     if evaluation is not None and task.test is not None:
         probe = replace(probe, metrics={"source": task.test.source, **asdict(evaluation)})
-    write_probe(target, probe)
+    write_probe(task.out, probe)
     return TrainSummary(
-        out=str(target),
+        out=str(task.out),
         protocol=probe.protocol,
         c=probe.c,
-        features=features,
+        features=task.features,
         vectors=task.model.features,
         classes=len(task.classes),
         rows=len(task.training),
@@ -143,6 +132,28 @@ def train_probe(
         training=probe.training,
         test=evaluation,
         seconds=round(seconds, 3),
+    )
+
+
+def _check_adamw(label: str, balanced: bool) -> None:
+    if label == LISTS_COLUMN:
+        raise UsageError("CLIP_benchmark's probe knows rows of one class only; leave the protocol out for 'labels'")
+    if balanced:
+        raise UsageError("CLIP_benchmark's probe does not balance classes")
+
+
+def _held(rows: Rows, memory_bytes: int | None, device: torch.device) -> Held:
+    """The rows, if they are in memory.
+
+    Raises:
+        UsageError: They are not.
+    """
+    if isinstance(rows, Held):
+        return rows
+    raise UsageError(
+        "CLIP_benchmark's probe draws rows at random, so they must fit into memory: they take"
+        f" {rows.held_bytes / 2**30:.3g} GiB, and {(memory_bytes or usable_bytes(device)) / 2**30:.3g} may be used;"
+        " --memory says how much"
     )
 
 

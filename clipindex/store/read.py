@@ -100,13 +100,20 @@ def read_record(path: Path) -> ShardRecord:
         StoreError: The file is not Parquet, or not of clipindex.
     """
     with _open_parquet(path) as file:
-        footer = file.metadata.metadata or {}
-        rows = file.metadata.num_rows
+        return _record(path, file)
+
+
+def _record(path: Path, file: pq.ParquetFile) -> ShardRecord:
+    footer = file.metadata.metadata or {}
     try:
         record = ShardRecord(**json.loads(footer[FOOTER_KEY]))
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{path} was not written by clipindex; move it out of embeddings/") from error
-    if record.rows != rows or record.rows + record.rejects != record.samples or record.name != path.stem:
+    if (
+        record.rows != file.metadata.num_rows
+        or record.rows + record.rejects != record.samples
+        or record.name != path.stem
+    ):
         raise StoreError(f"{path}: its footer contradicts it; delete it and embed its tar again")
     return record
 
@@ -157,14 +164,7 @@ def read_embeddings(
     if names is None:
         names = sorted(path.stem for path in (folder / "embeddings").glob("[!.]*.parquet"))
     for name in names:
-        path = folder / "embeddings" / f"{name}.parquet"
-        record = read_record(path)
-        if record.fingerprint != dataset.model.fingerprint:
-            raise FingerprintError(
-                f"{path} has fingerprint {record.fingerprint[:12]}, its directory {dataset.model.fingerprint[:12]};"
-                " delete it and embed its tar again"
-            )
-        yield from _read_file(path, record, dataset, columns, vectors)
+        yield from _read_file(folder / "embeddings" / f"{name}.parquet", dataset, columns, vectors)
 
 
 def check_cosines(batch: EmbeddingBatch, cosines: np.ndarray[Any, Any]) -> None:
@@ -256,8 +256,8 @@ def read_columns(
     dataset = read_dataset(folder)
     for name in names if names is not None else sorted(path.stem for path in embeddings.glob("[!.]*.parquet")):
         path = embeddings / f"{name}.parquet"
-        read_record(path)  # refuses what is not ours
         with _open_parquet(path) as file:
+            _record(path, file)  # refuses what is not ours
             try:
                 _check_schema(path, file, dataset)
                 present = _present(file, columns)
@@ -267,11 +267,15 @@ def read_columns(
                 raise _damaged(path, error) from None
 
 
-def _read_file(
-    path: Path, record: ShardRecord, dataset: Dataset, columns: Sequence[str], vectors: str
-) -> Iterator[EmbeddingBatch]:
+def _read_file(path: Path, dataset: Dataset, columns: Sequence[str], vectors: str) -> Iterator[EmbeddingBatch]:
     row = 0
     with _open_parquet(path) as file:
+        record = _record(path, file)
+        if record.fingerprint != dataset.model.fingerprint:
+            raise FingerprintError(
+                f"{path} has fingerprint {record.fingerprint[:12]}, its directory {dataset.model.fingerprint[:12]};"
+                " delete it and embed its tar again"
+            )
         mapped = _map_vectors(path, file, dataset, vectors)
         for group in range(file.num_row_groups):
             try:
