@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from clipindex.allocator import share_one_arena
 from clipindex.errors import ClassesError
 from clipindex.probing.join import Joined, join
 from clipindex.probing.lists import LISTS_COLUMN, label_kinds
@@ -70,6 +71,7 @@ def pose_shared_task(paths: Sequence[Path], tests: Sequence[Path], held_out: flo
         ClassesError: Labels cannot define a probe, or differ between directories.
         StoreError: Directories have no row in common, or a file is damaged.
     """
+    share_one_arena()
     joined = _join(paths)
     classes = find_classes(joined.labels)
     class_ids = take_part(joined.labels, classes)[0].class_ids
