@@ -21,11 +21,13 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from encode_ways import WAYS, measure_ways, row_of
+from encode_ways import WAYS
+from encode_worker import measure_ways, row_of
 from reporting import RESULTS, Row, arguments, finish, keep
 
 from clipindex.devices import choose_devices
@@ -55,7 +57,8 @@ def rows_of(model: str, ways: Sequence[str], device: str, until: float, folder: 
         begun: set[str] = set()
         with (folder / "stderr").open("w+") as log, _worker(model, waiting, device, folder, left_s, log) as lines:
             for line in _until(lines, until):
-                begun |= {str(line[key]) for key in ("begins",) if key in line}
+                if "begins" in line:
+                    begun.add(str(line["begins"]))
                 if "way" in line:
                     waiting.remove(str(line["way"]))
                     yield line
@@ -94,8 +97,14 @@ def _worker(
 def _until(lines: "queue.Queue[Row | None]", until: float) -> Iterator[Row]:
     """Lines until there are no more, the time is up, or nothing is heard for too long."""
     with contextlib.suppress(queue.Empty):
-        while line := lines.get(timeout=max(0.0, min(until - time.perf_counter(), WAY_LIMIT_S))):
+        line = lines.get(timeout=_patience_s(until))
+        while line and "done" not in line:
             yield line
+            line = lines.get(timeout=_patience_s(until))
+
+
+def _patience_s(until: float) -> float:
+    return max(0.0, min(until - time.perf_counter(), WAY_LIMIT_S))
 
 
 def _last_words(log: IO[str], until: float) -> str:
@@ -119,9 +128,12 @@ def main() -> None:
     device = choose_devices(options.device)[0]
     models = options.models or MODELS[device.type]
     if options.worker:
-        measure_ways(models[0], options.ways, device, options.worker, options.limit_s)
-        sys.stdout.flush()
-        os._exit(0)  # compilers' processes are not waited for
+        try:
+            measure_ways(models[0], options.ways, device, options.worker, options.limit_s)
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        os._exit(0)  # neither for compilers' processes nor for a device in disorder is waited
     until = time.perf_counter() + options.limit_s
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,10 @@
 """Everything worth knowing of one GPU, in one command of less than ten minutes: is it right, then how fast is it.
 
 Right: pixels that the GPU decoded beside the CPU's (`device_decode.py`), and cosines of each precision's embeddings to
-those of fp32 on the CPU. Fast: ways of running the image tower (`encode_paths.py`); decoding by the device and by the
-cores; then, for each model, encoder, bus and whole job beside what bounds each. Expected of bf16 on a data-centre GPU:
-small models are bound by decoding, ViT-L/14 and larger by the GPU at half of its bare matrix product.
+those of fp32 on the CPU. Fast: ways of running the image tower (`encode_paths.py`); for each model, encoder, bus and
+whole job beside what bounds each; then decoding by the device, at several images a call, and by the cores. Expected of
+bf16 on a data-centre GPU: small models are bound by decoding, ViT-L/14 and larger by the GPU at half of its bare matrix
+product.
 
 Each step is a process of its own with a limit in time, since a decoder that nobody has tried here may crash or hang;
 what it has found by then is on the screen, and with --save in its file. `--device cpu --images 64` tries it out.
@@ -11,7 +12,6 @@ what it has found by then is on the screen, and with --save in its file. `--devi
 
 import argparse
 import contextlib
-import math
 import os
 import signal
 import subprocess
@@ -20,6 +20,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import device_decode
@@ -49,9 +50,9 @@ LIMIT_S = 560.0
 STEPS_S = {
     "gpu_decode_precision": 80,
     "gpu_precision": 110,
-    "encode_paths": 190,
-    "gpu_decode_speed": 110,
-    "gpu_speed": 200,
+    "encode_paths": 240,
+    "gpu_speed": 180,
+    "gpu_decode_speed": 120,
 }
 """At most, of each, in this order; in sum more than there is, since few need theirs."""
 KILL_S = 10
@@ -185,35 +186,28 @@ def _speed(options: argparse.Namespace) -> None:
         for name in options.models:
             spec = ModelSpec(name=name, random_init=0)
             loaded = load_model(spec)
-            preprocess, sizes = loaded.info.preprocess, f"{SIZE[0]}x{SIZE[1]}"
             if not decode_per_s:  # the models here take pixels of one size
-                decode_per_s["cpu"] = noted(
-                    "decode", lambda p=preprocess, s=sizes: measure_decode(tars[:1], s, p, num_cores())
-                )
-                decode_per_s["cuda"] = noted(
-                    "decode", lambda p=preprocess, s=sizes: measure_device_decode(tars[:1], s, p, device)
-                )
+                what = tars[:1], f"{SIZE[0]}x{SIZE[1]}", loaded.info.preprocess
+                decode_per_s["cpu"] = noted("decode", partial(measure_decode, *what, num_cores()))
+                decode_per_s["cuda"] = noted("decode", partial(measure_device_decode, *what, device))
             tower = ImageTower(loaded, device=device, precision=precision)
             size, _ = fastest_batch_size(tower)
-            flops = image_flops(loaded)
-            encode = noted("encode", lambda t=tower, n=name, s=size, f=flops: measure_encode(t, n, s, f, product))
+            encode = noted("encode", partial(measure_encode, tower, name, size, image_flops(loaded), product))
             if device.type == "cuda":
-                noted("copy", lambda t=tower, s=size: measure_copy(t, s, device))
+                noted("copy", partial(measure_copy, tower, size, device))
             del tower, loaded
-            out = Path(folder) / f"out {name}"
-            whole = out, spec, precision, device, size, decode_per_s, encode
-            noted("end to end", lambda whole=whole: measure_end_to_end(tars, *whole))
+            job = tars, Path(folder) / f"out {name}", spec, precision, device, size, decode_per_s, encode
+            noted("end to end", partial(measure_end_to_end, *job))
     finish("gpu_speed", rows, options.save, options.results, device)
 
 
 def _row(found: Measurement) -> Row:
-    of_ceiling = found.of_ceiling if found.ceiling_per_s else math.nan
     return {
         "stage": found.stage,
         "setting": found.setting,
         "images_per_s": round(found.images_per_s, 1),
         "ceiling_per_s": round(found.ceiling_per_s, 1),
-        "ratio": round(of_ceiling, 3) if not math.isnan(of_ceiling) else "-",
+        "ratio": round(found.of_ceiling, 3) if found.ceiling_per_s else "-",
         "note": found.note or found.ceiling,
     }
 
