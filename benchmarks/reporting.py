@@ -42,6 +42,7 @@ def keep(
         machine = {"machine": str(error)}
     document: dict[str, Any] = {"theme": theme, "date": datetime.date.today().isoformat(), **machine, "rows": rows}
     if save:
+        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{theme}_{save}_{document['date']}.json"
         path.write_text(json.dumps(document, indent=2) + "\n")
     return document
