@@ -5,6 +5,7 @@ import copy
 import gc
 import json
 import math
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,10 +34,13 @@ from clipindex.types import Float32Array, ModelSpec, Sample, UInt8Array
 COSTLY_S = 150.0
 """What must be left for a way that tries out kernels."""
 NUM_IMAGES = 32
+LEAST_GAIN = 1.02
+"""Two measurements of one way are as far apart."""
+PAIRS = 7
 PRODUCT_TRIES = 5
 """Each is milliseconds on a GPU, which begins slowly from its rest."""
 RUN_S = {"cpu": 0.4, "cuda": 0.15}
-"""Of a measured run, at least."""
+"""Of a measured run, about."""
 WEIGHTS = ("random", "outliers", "outliers, unread")
 
 
@@ -143,7 +147,7 @@ def _measured(way: Way, setting: Setting) -> Row:
     choose_precision(way.precision, setting.device)  # says where a precision is not for a device
     with _own_cache() if way.compiles else contextlib.nullcontext():
         start_s, tower, module = _started(way, setting)
-        rate, shipped_rate = _rates(way, tower, setting)
+        rate, ratio = _rates(way, tower, setting)
         cosines = {name: _cosines(way, tower, module, name, setting) for name in setting.variants}
         again_s = _started(way, setting)[0] if way.compiles else start_s
     return row_of(
@@ -151,10 +155,10 @@ def _measured(way: Way, setting: Setting) -> Row:
         way.name,
         batch=setting.batch_size,
         images_per_s=round(rate, 1),
-        of_shipped=round(rate / shipped_rate, 3),
+        of_shipped=round(ratio, 3),
         start_s=round(start_s, 1),
         again_s=round(again_s, 1),
-        pays_after=_pays_after(rate, shipped_rate, start_s - setting.shipped_start_s),
+        pays_after=_pays_after(rate, ratio, start_s - setting.shipped_start_s),
         of_product=round(rate * setting.flops / setting.product, 3),
         note=_note(way, setting),
         **{f"{name}, {what}": value for name, pair in cosines.items() for what, value in pair.items()},
@@ -205,17 +209,30 @@ def _batch(tower: ImageTower, setting: Setting) -> UInt8Array:
 
 
 def _rates(way: Way, tower: ImageTower, setting: Setting) -> tuple[float, float]:
-    """Images/s of a way and of the shipped one, in turn, the best of each."""
+    """Images/s of a way, the best of some; and its ratio to the shipped one, the median of as many runs in turn.
+
+    On a machine that others use as well, neighbouring runs are slowed alike.
+    """
     if way.name == SHIPPED:
-        rate = max(_rate(tower, 1, setting) for _ in range(2))
-        return rate, rate
-    pairs = [(_rate(setting.shipped, 1, setting), _rate(tower, way.at_once, setting)) for _ in range(2)]
-    shipped, mine = zip(*pairs, strict=True)
-    return max(mine), max(shipped)
+        return best_rate(_run(tower, 1, setting), synchronizer(setting.device)), 1.0
+    runs = _run(setting.shipped, 1, setting), _run(tower, way.at_once, setting)
+    wait = synchronizer(setting.device)
+    pairs = [[_rate(run, wait) for run in runs] for _ in range(PAIRS)]
+    return max(mine for _, mine in pairs), statistics.median(mine / shipped for shipped, mine in pairs)
 
 
-def _rate(tower: ImageTower, at_once: int, setting: Setting) -> float:
+def _rate(run: Callable[[], int], wait: Callable[[], None]) -> float:
+    wait()
+    started = time.perf_counter()
+    items = run()
+    wait()
+    return items / (time.perf_counter() - started)
+
+
+def _run(tower: ImageTower, at_once: int, setting: Setting) -> Callable[[], int]:
+    """Encodes for `RUN_S` or longer, and says how many images that were."""
     batches = [_batch(tower, setting) for _ in range(at_once)]
+    tower.encode(batches[0])  # which warms up
     started = time.perf_counter()
     tower.encode(batches[0])
     each = max(1, math.ceil(RUN_S[setting.device.type] / (time.perf_counter() - started) / at_once))
@@ -235,7 +252,7 @@ def _rate(tower: ImageTower, at_once: int, setting: Setting) -> float:
                 list(pool.map(encode, batches))
         return each * at_once * setting.batch_size
 
-    return best_rate(run, synchronizer(setting.device))
+    return run
 
 
 def _cosines(way: Way, tower: ImageTower, module: nn.Module, name: str, setting: Setting) -> dict[str, float]:
@@ -254,10 +271,11 @@ def _cosines(way: Way, tower: ImageTower, module: nn.Module, name: str, setting:
     return {"least": round(min(cosines), 5), "mean": round(sum(cosines) / len(cosines), 5)}
 
 
-def _pays_after(rate: float, shipped_rate: float, extra_s: float) -> str:
-    if rate <= shipped_rate:
+def _pays_after(rate: float, ratio: float, extra_s: float) -> str:
+    """Images after which the seconds of starting have come back."""
+    if ratio < LEAST_GAIN:
         return "never"
-    return f"{max(extra_s, 0.0) / (1 / shipped_rate - 1 / rate):,.0f}"
+    return f"{max(extra_s, 0.0) * rate / (ratio - 1):,.0f}"
 
 
 def _note(way: Way, setting: Setting) -> str:

@@ -26,7 +26,7 @@ MakeLinear = Callable[[torch.Tensor, torch.Tensor], nn.Module]
 
 
 class Bf16Linear(nn.Module):
-    """As nn.Linear; so that what the attention's own form costs can be told from what 8 bits bring."""
+    """As nn.Linear; so that what another attention brings, compiled above all, can be told from what 8 bits bring."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         super().__init__()
