@@ -153,6 +153,9 @@ def _measured(way: Way, setting: Setting) -> Row:
     return row_of(
         setting.loaded.info.spec.name,
         way.name,
+        device=f"{setting.device}, {torch.get_num_threads()} threads"
+        if setting.device.type == "cpu"
+        else str(setting.device),
         batch=setting.batch_size,
         images_per_s=round(rate, 1),
         of_shipped=round(ratio, 3),
@@ -332,7 +335,18 @@ def _bare_8_bit(is_int8: bool, device: torch.device) -> float:
 def row_of(model: str, way: str, **found: str | float) -> Row:
     """All columns in order; '-' where nothing is known."""
     cosines = [f"{n}, {what}" for n in WEIGHTS for what in ("least", "mean")]
-    names = ("batch", "images_per_s", "of_shipped", "start_s", "again_s", "pays_after", "of_product", *cosines, "note")
+    names = (
+        "device",
+        "batch",
+        "images_per_s",
+        "of_shipped",
+        "start_s",
+        "again_s",
+        "pays_after",
+        "of_product",
+        *cosines,
+        "note",
+    )
     row: Row = {"model": model, "way": way}
     for name in names:
         value = found.get(name, "-")
