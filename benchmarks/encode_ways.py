@@ -109,4 +109,4 @@ WAYS = (
     ),
 )
 """Those that may be worth most for their time first, in case it is up. Where nn.MultiheadAttention is compiled, it
-takes its slow path, whose first layer, if weights need no gradient, becomes a product for every token."""
+takes its slow path, whose first layer is a product for every token in the graph of weights without gradients."""
