@@ -9,7 +9,8 @@ script out.
 
 import io
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from PIL import Image
 from reporting import Row, arguments, finish
 
 from clipindex.bench.corpus import write_corpus
-from clipindex.bench.measure import measure_decode, measure_device_decode
+from clipindex.bench.measure import Measurement, measure_decode, measure_device_decode
 from clipindex.bench.utilisation import describe_utilisation, sampling_utilisation
 from clipindex.decode import MAX_PIXELS, decode_image
 from clipindex.decode.on_device import DeviceDecoder
@@ -59,19 +60,32 @@ def main() -> None:
     options = parser.parse_args()
     device = choose_devices(options.device)[0]
     loaded = load_model(ModelSpec(name=MODEL, random_init=0))
-    finish("device_decode_precision", compare(loaded, device), options.save)
-    finish("device_decode_speed", rates(loaded, device, options.images), options.save)
+    finish("device_decode_precision", compare(loaded, device), options.save, device=device)
+    finish("device_decode_speed", rates(loaded, device, options.images), options.save, device=device)
 
 
-def compare(loaded: LoadedModel, device: torch.device) -> list[Row]:
-    """A row for each form of photographs: how many the device takes, and how far its pixels and embeddings are off."""
+def compare(
+    loaded: LoadedModel, device: torch.device, on_rows: Callable[[list[Row]], None] = lambda rows: None
+) -> list[Row]:
+    """A row for each form of photographs: how many the device takes, and how far its pixels and embeddings are off.
+
+    Args:
+        loaded: The model.
+        device: That decodes.
+        on_rows: Called with all rows whenever there is one more.
+    """
     tower = ImageTower(loaded, device=device, precision="fp32")
     decoder = DeviceDecoder(loaded.info.preprocess, device, max_pixels=MAX_PIXELS)
     with tempfile.TemporaryDirectory() as folder:
         tars = write_corpus(Path(folder), NUM_PHOTOGRAPHS, size=(800, 600))
         drawn = _images(tars)
-    rows = [_row(form, [_encoded(data, **how) for data in drawn], decoder, tower) for form, how in FORMS.items()]
-    return [*rows, _row("as a corpus has them", drawn, decoder, tower)]
+    rows: list[Row] = []
+    for form, how in FORMS.items():
+        rows.append(_row(form, [_encoded(data, **how) for data in drawn], decoder, tower))
+        on_rows(rows)
+    rows.append(_row("as a corpus has them", drawn, decoder, tower))
+    on_rows(rows)
+    return rows
 
 
 def _row(form: str, images: Sequence[bytes], decoder: DeviceDecoder, tower: ImageTower) -> Row:
@@ -93,6 +107,7 @@ def _row(form: str, images: Sequence[bytes], decoder: DeviceDecoder, tower: Imag
         "of the worst image": round(float(deviation.mean(axis=(1, 2, 3)).max()), 4) if len(done) else "-",
         "largest": int(deviation.max()) if len(done) else "-",
         "cosine, least": round(_least_cosine(tower, found[done], expected[done]), 6) if len(done) else "-",
+        "last error": decoder.last_error,
     }
 
 
@@ -113,29 +128,58 @@ def _encoded(data: bytes, mode: str = "RGB", size: tuple[int, int] = (500, 375),
     return buffer.getvalue()
 
 
-def rates(loaded: LoadedModel, device: torch.device, num_images: int) -> list[Row]:
-    """Images/s of the CPU's cores and of the device at several images a call; then of the whole job each way."""
+def rates(
+    loaded: LoadedModel,
+    device: torch.device,
+    num_images: int,
+    on_rows: Callable[[list[Row]], None] = lambda rows: None,
+) -> list[Row]:
+    """Images/s of the CPU's cores and of the device at several images a call; then of the whole job each way.
+
+    What fails is a row that says why, and the others go on.
+
+    Args:
+        loaded: The model.
+        device: That decodes.
+        num_images: Of the whole job.
+        on_rows: Called with all rows whenever there is one more.
+    """
     rows: list[Row] = []
     preprocess = loaded.info.preprocess
     with tempfile.TemporaryDirectory() as folder:
+
+        def note(what: str, setting: str, measure: Callable[[], Row]) -> None:
+            try:
+                rows.append(measure())
+            except Exception as error:  # nvJPEG's, CUDA's
+                said = " ".join(str(error).split())[:300]
+                failed = f"failed: {type(error).__name__}: {said}"
+                rows.append({"what": what, "setting": setting, "images_per_s": "-", "note": failed})
+            on_rows(rows)
+
         for size, number in SIZES.items():
             name = f"{size[0]}x{size[1]}"
             tars = write_corpus(Path(folder) / name, min(number, num_images), size=size)
-            found = [measure_decode(tars, name, preprocess, num_cores())]
-            found += [measure_device_decode(tars, name, preprocess, device, chunk) for chunk in CHUNKS]
-            rows += [
-                {
-                    "what": "decode",
-                    "setting": one.setting,
-                    "images_per_s": round(one.images_per_s, 1),
-                    "note": f"{one.of_ceiling:.2f} of {one.ceiling}" + (f"; {one.note}" if one.note else ""),
-                }
-                for one in found
-            ]
+            note("decode", name, partial(_decoded, partial(measure_decode, tars, name, preprocess, num_cores())))
+            for chunk in CHUNKS:
+                setting = f"{name}, {device}, {chunk} a call"
+                measure = partial(measure_device_decode, tars, name, preprocess, device, chunk)
+                note("decode", setting, partial(_decoded, measure))
         tars = write_corpus(Path(folder) / "job", num_images)
         for at, (way, how) in enumerate(WAYS if device.type == "cuda" else WAYS[:1]):
-            rows.append(_job(tars, Path(folder) / f"out_{at}", way, how, device))
+            job = partial(_job, tars, Path(folder) / f"out_{at}", way, how, device)
+            note("embed", f"--decode {way} --preprocess {how}", job)
     return rows
+
+
+def _decoded(measure: Callable[[], Measurement]) -> Row:
+    found = measure()
+    return {
+        "what": "decode",
+        "setting": found.setting,
+        "images_per_s": round(found.images_per_s, 1),
+        "note": f"{found.of_ceiling:.2f} of {found.ceiling}" + (f"; {found.note}" if found.note else ""),
+    }
 
 
 def _job(tars: Sequence[str], out: Path, way: str, how: str, device: torch.device) -> Row:

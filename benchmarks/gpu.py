@@ -1,62 +1,222 @@
 """Everything worth knowing of one GPU, in one command of less than ten minutes: is it right, then how fast is it.
 
 Right: pixels that the GPU decoded beside the CPU's (`device_decode.py`), and cosines of each precision's embeddings to
-those of fp32 on the CPU. Fast: decoding both ways; then every stage beside its ceiling, for each model, until the time
-is up. Expected of bf16 on a data-centre GPU: small models are bound by decoding, ViT-L/14 and larger by the GPU at half
-of its bare matrix product.
+those of fp32 on the CPU. Fast: ways of running the image tower (`encode_paths.py`); for each model, encoder, bus and
+whole job beside what bounds each; then decoding by the device, at several images a call, and by the cores. Expected of
+bf16 on a data-centre GPU: small models are bound by decoding, ViT-L/14 and larger by the GPU at half of its bare matrix
+product.
+
+Each step is a process of its own with a limit in time, since a decoder that nobody has tried here may crash or hang;
+what it has found by then is on the screen, and with --save in its file. `--device cpu --images 64` tries it out.
 """
 
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import device_decode
 from precision import compare
-from reporting import Row, arguments, finish
+from reporting import RESULTS, Row, arguments, finish, keep
 
-from clipindex.bench.run import bench
-from clipindex.devices import choose_devices
+from clipindex.allocator import keep_freed_memory
+from clipindex.batch_size import fastest_batch_size
+from clipindex.bench.ceilings import image_flops, product_flops_per_s
+from clipindex.bench.corpus import write_corpus
+from clipindex.bench.measure import (
+    Measurement,
+    measure_copy,
+    measure_decode,
+    measure_device_decode,
+    measure_encode,
+    measure_end_to_end,
+)
+from clipindex.devices import choose_devices, choose_precision
+from clipindex.encode import ImageTower
 from clipindex.models import load_model
+from clipindex.threads import num_cores
 from clipindex.types import ModelSpec
 
-MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14")
-LIMIT_S = 480.0
+MODELS = ("ViT-B-32", "ViT-L-14", "ViT-B-16")
+LIMIT_S = 560.0
+STEPS_S = {
+    "gpu_decode_precision": 80,
+    "gpu_precision": 110,
+    "encode_paths": 240,
+    "gpu_speed": 180,
+    "gpu_decode_speed": 120,
+}
+"""At most, of each, in this order; in sum more than there is, since few need theirs."""
+KILL_S = 10
+"""Between being asked to end and being killed."""
+IMAGES = 16_384
+SHARD_IMAGES = 1024
 DECODE_IMAGES = 8192
+SIZE = (500, 375)
 
 
 def main() -> None:
-    """Measure, print and, with --save, keep."""
+    """Run every step, or one of them in this process."""
     parser = arguments(__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--images", type=int)
-    parser.add_argument("--limit-s", type=float, default=LIMIT_S, help="begin no model after this")
+    parser.add_argument("--images", type=int, default=IMAGES, help="of the whole job")
+    parser.add_argument("--limit-s", type=float, default=LIMIT_S)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where --save keeps what is found")
+    parser.add_argument("--step", choices=STEPS_S, help="one alone, here")
     options = parser.parse_args()
-    started = time.perf_counter()
-    chosen = choose_devices(options.device)[0]
-    device = str(chosen)
+    options.chosen = choose_devices(options.device)[0]
+    if options.step:
+        {
+            "gpu_decode_precision": _decode_precision,
+            "gpu_precision": _precision,
+            "gpu_decode_speed": _decode_speed,
+            "gpu_speed": _speed,
+        }[options.step](options)
+    else:
+        _every_step(options)
+
+
+def _every_step(options: argparse.Namespace) -> None:
+    until = time.perf_counter() + options.limit_s
+    rows: list[Row] = []
+    common = ["--device", str(options.chosen), "--results", str(options.results)]
+    common += ["--save", options.save] if options.save else []
+    for step, most_s in STEPS_S.items():
+        limit_s = min(most_s, until - time.perf_counter() - KILL_S)
+        started = time.perf_counter()
+        print(f"\n== {step}", flush=True)
+        if step == "encode_paths":
+            # It ends by itself, and in time; the rest is for beginning and ending.
+            command = ["encode_paths.py", "--limit-s", str(limit_s - KILL_S), *common]
+        else:
+            command = ["gpu.py", "--step", step, "--images", str(options.images), "--models", *options.models, *common]
+        outcome = _run(command, limit_s)
+        rows.append({"step": step, "seconds": round(time.perf_counter() - started, 1), "outcome": outcome})
+        keep("gpu_steps", rows, options.save, options.results, options.chosen)
+    print(flush=True)
+    finish("gpu_steps", rows, options.save, options.results, options.chosen)
+
+
+def _run(command: list[str], limit_s: float) -> str:
+    """How a script of this folder ended; it and all its processes are gone then."""
+    if limit_s <= 0:
+        return "left out: the time was up"
+    script = [sys.executable, "-u", str(Path(__file__).with_name(command[0])), *command[1:]]
+    process = subprocess.Popen(script, start_new_session=True)
+    try:
+        status = process.wait(limit_s)
+        return "done" if status == 0 else f"failed: exit status {status}"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)  # a traceback says where it was
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(KILL_S)
+        return f"stopped after {limit_s:.0f} s"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _decode_precision(options: argparse.Namespace) -> None:
     small = load_model(ModelSpec(name=device_decode.MODEL, random_init=0))
-    finish("gpu_decode_precision", device_decode.compare(small, chosen), options.save)
-    finish("gpu_decode_speed", device_decode.rates(small, chosen, options.images or DECODE_IMAGES), options.save)
-    right: list[Row] = []
-    fast: list[Row] = []
+    rows = device_decode.compare(small, options.chosen, _keeping("gpu_decode_precision", options))
+    finish("gpu_decode_precision", rows, options.save, options.results, options.chosen)
+
+
+def _decode_speed(options: argparse.Namespace) -> None:
+    small = load_model(ModelSpec(name=device_decode.MODEL, random_init=0))
+    number = min(options.images, DECODE_IMAGES)
+    rows = device_decode.rates(small, options.chosen, number, _keeping("gpu_decode_speed", options))
+    finish("gpu_decode_speed", rows, options.save, options.results, options.chosen)
+
+
+def _precision(options: argparse.Namespace) -> None:
+    rows: list[Row] = []
     for name in options.models:
-        if time.perf_counter() - started > options.limit_s:
-            print(f"{name}: left out, the time is up")
-            continue
-        right += compare(name, load_model(ModelSpec(name=name, random_init=0)), device)
-        report = bench([name], images=options.images, device=device)
-        fast += [
-            {
-                "stage": row.stage,
-                "setting": row.setting,
-                "images_per_s": round(row.images_per_s, 1),
-                "ceiling_per_s": round(row.ceiling_per_s, 1),
-                "ratio": round(row.of_ceiling, 3),
-                "note": row.note or row.ceiling,
-            }
-            for row in report.measurements
-        ]
-    finish("gpu_precision", right, options.save)
-    finish("gpu_speed", fast, options.save)
+        rows += compare(name, load_model(ModelSpec(name=name, random_init=0)), str(options.chosen))
+        keep("gpu_precision", rows, options.save, options.results, options.chosen)
+        print(f"{name}: {rows[-1]}", flush=True)
+    finish("gpu_precision", rows, options.save, options.results, options.chosen)
+
+
+def _keeping(theme: str, options: argparse.Namespace) -> Callable[[list[Row]], None]:
+    """Prints the last row, and keeps all, each time that there is one more."""
+
+    def on_rows(rows: list[Row]) -> None:
+        print(rows[-1], flush=True)
+        keep(theme, rows, options.save, options.results, options.chosen)
+
+    return on_rows
+
+
+def _speed(options: argparse.Namespace) -> None:
+    """As `clipindex bench`, but what fails is a row, and the decoding is measured once."""
+    device = options.chosen
+    if device.type == "cpu":
+        keep_freed_memory()  # as the job does
+    precision = choose_precision("auto", device)
+    rows: list[Row] = []
+    on_rows = _keeping("gpu_speed", options)
+
+    def noted(stage: str, measure: Callable[[], Measurement]) -> float:
+        """Images/s; 0 where it failed."""
+        try:
+            found = measure()
+            rows.append(_row(found))
+        except Exception as error:  # whatever a machine may say: the others are worth knowing all the same
+            traceback.print_exc()
+            rows.append(_failed(stage, error))
+            found = None
+        on_rows(rows)
+        return found.images_per_s if found else 0.0
+
+    with tempfile.TemporaryDirectory() as folder:
+        tars = write_corpus(Path(folder) / "corpus", options.images, size=SIZE, shard_images=SHARD_IMAGES)
+        # Each is milliseconds on a GPU, which begins slowly from its rest.
+        product = max(product_flops_per_s(device, precision) for _ in range(5))
+        decode_per_s: dict[str, float] = {}
+        for name in options.models:
+            spec = ModelSpec(name=name, random_init=0)
+            loaded = load_model(spec)
+            if not decode_per_s:  # the models here take pixels of one size
+                what = tars[:1], f"{SIZE[0]}x{SIZE[1]}", loaded.info.preprocess
+                decode_per_s["cpu"] = noted("decode", partial(measure_decode, *what, num_cores()))
+                decode_per_s["cuda"] = noted("decode", partial(measure_device_decode, *what, device))
+            tower = ImageTower(loaded, device=device, precision=precision)
+            size, _ = fastest_batch_size(tower)
+            encode = noted("encode", partial(measure_encode, tower, name, size, image_flops(loaded), product))
+            if device.type == "cuda":
+                noted("copy", partial(measure_copy, tower, size, device))
+            del tower, loaded
+            job = tars, Path(folder) / f"out {name}", spec, precision, device, size, decode_per_s, encode
+            noted("end to end", partial(measure_end_to_end, *job))
+    finish("gpu_speed", rows, options.save, options.results, device)
+
+
+def _row(found: Measurement) -> Row:
+    return {
+        "stage": found.stage,
+        "setting": found.setting,
+        "images_per_s": round(found.images_per_s, 1),
+        "ceiling_per_s": round(found.ceiling_per_s, 1),
+        "ratio": round(found.of_ceiling, 3) if found.ceiling_per_s else "-",
+        "note": found.note or found.ceiling,
+    }
+
+
+def _failed(stage: str, error: Exception) -> Row:
+    said = " ".join(str(error).split())[:300]
+    rates: Row = {"images_per_s": "-", "ceiling_per_s": "-", "ratio": "-"}
+    return {"stage": stage, "setting": "-", **rates, "note": f"failed: {type(error).__name__}: {said}"}
 
 
 if __name__ == "__main__":

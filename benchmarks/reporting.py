@@ -4,8 +4,11 @@ import argparse
 import datetime
 import json
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from clipindex.bench.machine import describe_machine
 
@@ -21,22 +24,34 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def finish(theme: str, rows: Sequence[Row], save: str | None) -> None:
-    """Print the rows as a table and as JSON; keep the JSON under results/ where `save` names the hardware."""
+def finish(
+    theme: str, rows: Sequence[Row], save: str | None, folder: Path = RESULTS, device: torch.device | None = None
+) -> None:
+    """Print the rows as a table and as JSON; keep the JSON where `save` names the hardware."""
     _print_table(rows)
-    document: dict[str, Any] = {
-        "theme": theme,
-        "date": datetime.date.today().isoformat(),
-        **describe_machine(),
-        "rows": rows,
-    }
+    print(json.dumps(keep(theme, rows, save, folder, device)), flush=True)
+
+
+def keep(
+    theme: str, rows: Sequence[Row], save: str | None, folder: Path = RESULTS, device: torch.device | None = None
+) -> dict[str, Any]:
+    """Keep what there is until now in `folder`, where `save` names the hardware; in any case the document."""
+    try:
+        machine = describe_machine(device)
+    except PackageNotFoundError as error:  # on a borrowed machine packages may come without their metadata
+        machine = {"machine": str(error)}
+    document: dict[str, Any] = {"theme": theme, "date": datetime.date.today().isoformat(), **machine, "rows": rows}
     if save:
-        path = RESULTS / f"{theme}_{save}_{document['date']}.json"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{theme}_{save}_{document['date']}.json"
         path.write_text(json.dumps(document, indent=2) + "\n")
-    print(json.dumps(document))
+    return document
 
 
 def _print_table(rows: Sequence[Row]) -> None:
+    if not rows:
+        print("no rows")
+        return
     names = list(rows[0])
     cells = [
         [f"{row[name]:,.4g}" if isinstance(row[name], float) else str(row[name]) for name in names] for row in rows
