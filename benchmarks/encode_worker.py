@@ -244,8 +244,11 @@ def _run(tower: ImageTower, at_once: int, setting: Setting) -> Callable[[], int]
         cuda = setting.device.type == "cuda" and at_once > 1
         stream = torch.cuda.Stream() if cuda else None  # type: ignore[no-untyped-call]
         with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
-            for _ in range(each):
-                tower.encode(batch)
+            begun = tower.begin(batch)
+            for _ in range(each - 1):  # a batch ahead, as the job is
+                before, begun = begun, tower.begin(batch)
+                before()
+            begun()
 
     def run() -> int:
         if at_once == 1:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from reporting import Row, arguments, finish
+from reporting import RESULTS, Row, arguments, finish
 from vectors import INFO
 
 from clipindex.bench.corpus import repeated, write_corpus
@@ -60,10 +60,11 @@ def main() -> None:
     """Measure, print and, with --save, keep."""
     parser = arguments(__doc__)
     parser.add_argument("--threads", type=int, nargs="+", help="that decode; 1, 2, 4, … up to one a core by default")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where --save keeps it")
     options = parser.parse_args()
     cores = num_cores()
     threads = options.threads or [*(1 << at for at in range(cores.bit_length()) if 1 << at < cores), cores]
-    finish("feed", measure(threads), options.save)
+    finish("feed", measure(threads), options.save, options.results)
 
 
 def measure(threads: list[int]) -> list[Row]:

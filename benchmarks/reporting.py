@@ -4,7 +4,6 @@ import argparse
 import datetime
 import json
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +35,12 @@ def keep(
     theme: str, rows: Sequence[Row], save: str | None, folder: Path = RESULTS, device: torch.device | None = None
 ) -> dict[str, Any]:
     """Keep what there is until now in `folder`, where `save` names the hardware; in any case the document."""
-    try:
-        machine = describe_machine(device)
-    except PackageNotFoundError as error:  # on a borrowed machine packages may come without their metadata
-        machine = {"machine": str(error)}
-    document: dict[str, Any] = {"theme": theme, "date": datetime.date.today().isoformat(), **machine, "rows": rows}
+    document: dict[str, Any] = {
+        "theme": theme,
+        "date": datetime.date.today().isoformat(),
+        **describe_machine(device),
+        "rows": rows,
+    }
     if save:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{theme}_{save}_{document['date']}.json"

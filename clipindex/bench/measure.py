@@ -16,6 +16,7 @@ from clipindex.decode import MAX_PIXELS, decode_image
 from clipindex.decode.on_device import AT_ONCE, DeviceDecoder
 from clipindex.embed_job import EmbedSummary, embed
 from clipindex.encode import ImageTower
+from clipindex.errors import UsageError
 from clipindex.pipeline.device_share import CHUNK
 from clipindex.shards import list_shards, read_samples
 from clipindex.store import ShardWriter, open_dataset
@@ -81,10 +82,17 @@ def measure_decode(tars: Sequence[str], setting: str, preprocess: Preprocess, nu
 def measure_device_decode(
     tars: Sequence[str], setting: str, preprocess: Preprocess, device: torch.device, chunk: int = CHUNK
 ) -> Measurement:
-    """Images/s of a device, from encoded bytes in memory to pixels back on the host; of those that are for it."""
+    """Images/s of a device, from encoded bytes in memory to pixels back on the host; of those that are for it.
+
+    Raises:
+        UsageError: None are.
+        RuntimeError: PyTorch's, of a device that cannot decode.
+    """
     decoder = DeviceDecoder(preprocess, device, max_pixels=MAX_PIXELS)
     samples = [s for shard in list_shards(tars) for s in read_samples(shard) if isinstance(s, Sample)]
     mine = [(s.image, size) for s in samples if (size := decoder.size_of(s.image)) is not None]
+    if not mine:
+        raise UsageError(f"none of {len(samples)} images of {setting} are for {device}")
     chunks = [mine[at : at + chunk] for at in range(0, len(mine), chunk)]
     pixels = np.empty((len(mine), *preprocess.size, 3), np.uint8)
 
@@ -213,7 +221,7 @@ def measure_end_to_end(
         stage="end to end",
         setting=f"{spec.name}, {precision} on {summary.device}, batch of {batch_size}",
         images_per_s=summary.images_per_s,
-        ceiling_per_s=min(decode_per_s[summary.decode], encode_per_s),
+        ceiling_per_s=min(decode_per_s.get(summary.decode, encode_per_s), encode_per_s),
         ceiling="the slower of decode and encode",
         note=f"{summary.rows:,} rows, each image {passes} times; bound by {summary.stages.bound_by}; at work: {busy}"
         f"{gpu}; decoded on {summary.decode} ({summary.decode_reason})",

@@ -1,5 +1,7 @@
 """The benchmark: one corpus, every stage, every model, one table."""
 
+import itertools
+import logging
 import math
 import resource
 import shutil
@@ -31,9 +33,12 @@ from clipindex.bench.measure import (
 from clipindex.decode.on_device import supports
 from clipindex.devices import choose_device, choose_precision
 from clipindex.encode import ImageTower
+from clipindex.errors import UsageError
 from clipindex.models import LoadedModel, load_model
 from clipindex.threads import num_cores
-from clipindex.types import ModelSpec
+from clipindex.types import ModelSpec, Preprocess
+
+log = logging.getLogger(__name__)
 
 CPU_IMAGES = 512
 CUDA_IMAGES = 16_384
@@ -122,19 +127,9 @@ def bench(
             on_step(f"loading {spec.name}")
             loaded = load_model(spec)
             on_step(f"decoding for {spec.name}")
-            decoding = [
-                measure_decode(tars, _name(size), loaded.info.preprocess, num_cores())
-                for tars, size in ((small[:1], SMALL_SIZE), (large, LARGE_SIZE))
-            ]
-            note(*decoding)
-            decode_per_s = {"cpu": decoding[0].images_per_s}
-            if chosen.type == "cuda" and supports(loaded.info.preprocess):
-                on_device = [
-                    measure_device_decode(tars, _name(size), loaded.info.preprocess, chosen)
-                    for tars, size in ((small[:1], SMALL_SIZE), (large, LARGE_SIZE))
-                ]
-                note(*on_device)
-                decode_per_s["cuda"] = on_device[0].images_per_s
+            decoding = _decoders(small[:1], large, loaded.info.preprocess, chosen)
+            note(*itertools.chain(*decoding.values()))
+            decode_per_s = {where: found[0].images_per_s for where, found in decoding.items()}
             note(measure_write(folder / "write", loaded.info))
             for name in names:
                 encoding = _encoders(loaded, chosen, name, batch_sizes, products[name], on_step)
@@ -170,6 +165,20 @@ def _corpora(folder: Path, number: int, on_step: Callable[[str], None]) -> tuple
         folder / _name(LARGE_SIZE), min(max(number // LARGE_SHARE, 8), 256), size=LARGE_SIZE, shard_images=SHARD_IMAGES
     )
     return small, large
+
+
+def _decoders(
+    small: list[str], large: list[str], preprocess: Preprocess, device: torch.device
+) -> dict[str, list[Measurement]]:
+    """By 'cpu' and, where it can, 'cuda', what was measured on small images and on large ones."""
+    sizes = ((small, _name(SMALL_SIZE)), (large, _name(LARGE_SIZE)))
+    found = {"cpu": [measure_decode(tars, name, preprocess, num_cores()) for tars, name in sizes]}
+    if device.type == "cuda" and supports(preprocess):
+        try:
+            found["cuda"] = [measure_device_decode(tars, name, preprocess, device) for tars, name in sizes]
+        except (UsageError, RuntimeError) as error:  # a job goes on without it, and so does this
+            log.warning("decoding on %s cannot be measured: %s", device, error)
+    return found
 
 
 def _encoders(
