@@ -1,0 +1,261 @@
+"""Near-duplicates: rows whose cosine is above a threshold, joined into groups, with the one of each to keep."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from clipindex.atomic import remove_stale_temporaries, write_json
+from clipindex.devices import PRECISIONS, choose_device, choose_precision
+from clipindex.duplicates.copies import NO_ROW, first_copies
+from clipindex.duplicates.groups import Groups
+from clipindex.duplicates.pairs import Task, join_pairs
+from clipindex.duplicates.reach import Lists, count_pairs, reached, reaches, read_lists
+from clipindex.duplicates.rows import AGAIN, Rows, unit
+from clipindex.errors import IndexingError, UsageError
+from clipindex.index.files import OpenIndex, open_index
+from clipindex.index.plan import default_memory_bytes
+from clipindex.nearest import Arithmetic, check_model, compare_shards, full_sums, locate
+from clipindex.recall import draw_rows, read_drawn
+from clipindex.store import AtomicParquet, VectorReader, read_dataset, read_rows, shard_states
+from clipindex.types import IntArray
+
+NUM_CHECKED = 1000
+"""Rows whose duplicates are counted exactly; half as many more are drawn to find the reach by."""
+OnProgress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and of how much."""
+
+_COLUMNS = ("key", "width", "height")
+_SCHEMA = pa.schema(
+    [
+        ("group", pa.int64()),
+        ("keep", pa.bool_()),
+        ("key", pa.string()),
+        ("cosine", pa.float32()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("shard", pa.string()),
+        ("row", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DuplicateSummary:
+    """What was found."""
+
+    out: str
+    """Where groups.parquet lies."""
+    threshold: float
+    rows: int
+    groups: int
+    duplicates: int
+    """Rows that could go: those in groups less one of each."""
+    largest: int
+    """Rows of the largest group."""
+    recall: float
+    """Share of the true pairs that are found, averaged over rows that have any; by exact search of a sample."""
+    checked: int
+    """Rows of that sample that have any."""
+    lists: float
+    """Of the index, that a row is compared with on average; its own among them."""
+    seconds: float
+
+
+def find_duplicates(
+    folder: str | Path,
+    *,
+    threshold: float = 0.95,
+    target_recall: float = 0.99,
+    out: str | Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    seed: int = 0,
+    on_progress: OnProgress = lambda step, done, total: None,
+) -> DuplicateSummary:
+    """Group the rows of a directory that are nearly the same, by the directory's index.
+
+    Rows are joined where their cosine is at least the threshold, and what is joined to one is joined to the others
+    (single linkage): a group may hold rows that are less alike than that, by a chain of others. The largest image of a
+    group is the one to keep, and of those the first.
+
+    The rows of an index without lists (flat, hnsw) are all compared with one another.
+
+    Args:
+        folder: The embedding directory, with an index that knows all of its rows.
+        threshold: Cosine.
+        target_recall: Share of the true pairs to find; with 1, all are found as far as can be proven, see `reach`.
+        out: Folder of summary.json and of groups.parquet, which has a row for each row of a group, the one to keep
+            first: group, keep, key, cosine to the one to keep, width, height, shard, row. `folder`/duplicates by
+            default.
+        device: Where rows are compared.
+        precision: Of the products; what they leave open is computed again in float32.
+        seed: Of the sample that is compared with exact search.
+        on_progress: See `OnProgress`.
+
+    Raises:
+        IndexingError: The directory has no index, or one that does not know all rows.
+        StoreError: A file is damaged.
+    """
+    if not 0 < threshold < 1:
+        raise UsageError(f"threshold {threshold}: give a cosine between 0 and 1")
+    folder = Path(folder)
+    target = Path(out) if out is not None else folder / "duplicates"
+    started = time.perf_counter()
+    chosen = choose_device(device)
+    arithmetic = Arithmetic(chosen, PRECISIONS[choose_precision(precision, chosen)])
+    opened = _up_to_date(folder)
+    rows = Rows(folder, opened, [shard.name for shard in opened.shards], VectorReader(folder))
+    on_progress("look for copies", 0, 0)
+    first = first_copies(rows)
+    lists = read_lists(rows, first)
+    with full_sums(chosen):
+        reach, recall, checked = _find_reach(rows, lists, threshold, target_recall, seed, arithmetic, on_progress)
+        names, lists_a_row = _joined(rows, lists, first, threshold, reach, arithmetic, on_progress)
+    members, groups = _groups(names)
+    on_progress("write", 0, 0)
+    table = _table(rows, members, groups)
+    if not _is_up_to_date(folder, opened):
+        raise IndexingError(f"shards of {folder} were replaced meanwhile; {AGAIN}")
+    remove_stale_temporaries(target)
+    with AtomicParquet(target / "groups.parquet", _SCHEMA, compression="zstd") as parquet:
+        parquet.write(table)
+    sizes = np.bincount(groups)
+    summary = DuplicateSummary(
+        out=str(target),
+        threshold=threshold,
+        rows=opened.record.rows,
+        groups=len(sizes),
+        duplicates=len(members) - len(sizes),
+        largest=int(sizes.max(initial=0)),
+        recall=recall,
+        checked=checked,
+        lists=round(lists_a_row, 2),
+        seconds=round(time.perf_counter() - started, 3),
+    )
+    write_json(target / "summary.json", asdict(summary))
+    return summary
+
+
+def _up_to_date(folder: Path) -> OpenIndex:
+    read_dataset(folder)
+    opened = open_index(folder, default_memory_bytes())
+    if opened is None:
+        raise IndexingError(f"{folder} has no index; build it with clipindex index")
+    check_model(folder, opened)
+    if not _is_up_to_date(folder, opened):
+        raise IndexingError(f"the index of {folder} is not that of its shards any more; run clipindex index")
+    return opened
+
+
+def _is_up_to_date(folder: Path, opened: OpenIndex) -> bool:
+    known, new = compare_shards(shard_states(folder), opened.shards)
+    return not new and len(known) == len(opened.shards)
+
+
+def _find_reach(
+    rows: Rows,
+    lists: Lists,
+    threshold: float,
+    target: float,
+    seed: int,
+    arithmetic: Arithmetic,
+    on_progress: OnProgress,
+) -> tuple[float, float, int]:
+    """The least reach that finds as large a share of the pairs as is wanted; that share, and of how many rows it is."""
+    drawn = draw_rows({shard.name: shard.rows for shard in rows.opened.shards}, NUM_CHECKED * 3 // 2, seed)
+    first = {shard.name: shard.first_id for shard in rows.opened.shards}
+    counts = count_pairs(
+        rows, lists, np.concatenate([first[name] + part for name, part in drawn]), unit(read_drawn(rows.folder, drawn)),
+        threshold, arithmetic, lambda done: on_progress("search exactly", done, rows.opened.record.rows),
+    )  # fmt: skip
+    others = counts[counts[:, 0] > 1] - 1  # without itself
+    shares = others[:, 1:] / others[:, :1]
+    every_third = np.arange(len(shares)) % 3 == 0
+    parts = (shares[every_third], shares[~every_third]) if len(shares) >= 3 else (shares, shares)
+    tuning, check = (part.mean(axis=0) if len(part) else np.ones(counts.shape[1] - 1) for part in parts)
+    enough = np.minimum(tuning, check) >= target
+    at = int(enough.argmax()) if enough.any() else len(enough) - 1
+    return reaches(lists, threshold, arithmetic)[at], float(check[at]), len(parts[1])
+
+
+def _joined(
+    rows: Rows,
+    lists: Lists,
+    first: IntArray,
+    threshold: float,
+    reach: float,
+    arithmetic: Arithmetic,
+    on_progress: OnProgress,
+) -> tuple[IntArray, float]:
+    """For each id [next_id] the group it is of, its own id where it is alone; and the lists a row is compared with."""
+    own = np.arange(len(first), dtype=np.int64)
+    is_asked = first == own
+    total = int(is_asked.sum())
+    parts = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+    if len(lists.centroids) > 1:
+        done = 0
+        for ids, numbers in reached(rows, lists, is_asked, reach, arithmetic):
+            parts.append((ids, numbers))
+    reaching = tuple(np.concatenate(each) for each in zip(*parts, strict=True))
+    groups = Groups(np.where(first == NO_ROW, own, first))
+    join_pairs(
+        rows, _tasks(lists, is_asked, reaching), groups, threshold, arithmetic, default_memory_bytes() // 4,
+        lambda done: on_progress("compare", done, total),
+    )  # fmt: skip
+    return groups.names(own), 1 + len(reaching[0]) / max(total, 1)
+
+
+def _tasks(
+    lists: Lists, is_asked: np.ndarray[Any, np.dtype[np.bool_]], reaching: tuple[IntArray, IntArray]
+) -> Iterator[Task]:
+    """Of each list its rows among themselves, and with the rows that reach it."""
+    asked = np.flatnonzero(is_asked)
+    members = np.split(*_by_list(asked, lists.home[asked], len(lists.centroids)))
+    from_elsewhere = np.split(*_by_list(*reaching, len(lists.centroids)))
+    for inside, outside in zip(members, from_elsewhere, strict=True):
+        if len(inside):
+            yield Task(inside, None)
+            yield Task(inside, outside)
+
+
+def _by_list(ids: IntArray, numbers: np.ndarray[Any, Any], num_lists: int) -> tuple[IntArray, IntArray]:
+    """Ids [n] in the order of their lists, and where each list but the first begins."""
+    begins = np.cumsum(np.bincount(numbers, minlength=num_lists))[:-1]
+    return ids[np.argsort(numbers, kind="stable")], begins
+
+
+def _groups(roots: IntArray) -> tuple[IntArray, IntArray]:
+    """Ids [n] that are not alone, by group, and the number [n] of each one's group, in order of their first rows."""
+    members = np.flatnonzero(np.bincount(roots, minlength=len(roots))[roots] > 1)
+    members = members[np.argsort(roots[members], kind="stable")]
+    return members, np.unique(roots[members], return_inverse=True)[1].astype(np.int64)
+
+
+def _table(rows: Rows, members: IntArray, groups: IntArray) -> pa.Table:
+    shards, numbers = locate(rows.opened, members)
+    order = np.lexsort((numbers, shards))
+    tables = [
+        read_rows(rows.folder, rows.names[shards[at[0]]], numbers[at], _COLUMNS)
+        for at in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1)
+        if len(at)
+    ]
+    if not tables:
+        return _SCHEMA.empty_table()
+    columns = pa.concat_tables(tables).take(pa.array(np.argsort(order)))
+    area = columns["width"].to_numpy().astype(np.int64) * columns["height"].to_numpy()
+    ranked = np.lexsort((members, -area, groups))
+    kept = ranked[np.searchsorted(groups[ranked], groups)]  # of each row's group the first of the ranked
+    found = {
+        "group": groups,
+        "keep": kept == np.arange(len(kept)),
+        "cosine": rows.cosines(members[kept], members),
+        "shard": pa.array(rows.names, pa.string()).take(pa.array(shards)),
+        "row": numbers,
+        **{name: columns[name] for name in _COLUMNS},
+    }
+    return pa.table({name: found[name] for name in _SCHEMA.names}, schema=_SCHEMA).take(pa.array(ranked))
