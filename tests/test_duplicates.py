@@ -4,12 +4,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from command_line import run_cli, run_process
-from directories import clustered, write_shard
+from directories import INFO, clustered, write_shard
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from clipindex import build_index, find_duplicates
+from clipindex import build_index, duplicates, find_duplicates
 from clipindex.errors import IndexingError, StoreError, UsageError
+from clipindex.index.files import read_record
 from clipindex.store import read_embeddings
 
 HERE = {"device": "cpu", "precision": "fp32"}
@@ -46,21 +47,24 @@ def truth(folder):
     return {frozenset(group) for group in groups.values() if len(group) > 1}, dict(zip(places, vectors, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["flat", "ivf", "ivfsq", "ivfpq"])
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf", "ivfsq", "ivfpq"])
 def test_groups_are_the_components_of_an_exact_search(made, tmp_path, kind):
     build_index(made, kind=kind, target_recall=0.9, rebuild=True, **HERE)
     expected, vectors = truth(made)
     assert len(expected) > 300
-    target = 1.0 if kind in ("flat", "ivf") else 0.97
+    target = 1.0 if kind in ("flat", "hnsw") else 0.99
     summary = find_duplicates(made, threshold=THRESHOLD, target_recall=target, out=tmp_path)
     rows = pq.read_table(tmp_path / "groups.parquet").to_pylist()
     groups = {}
     for row in rows:
         groups.setdefault(row["group"], []).append(row)
     found = {frozenset((row["shard"], row["row"]) for row in group) for group in groups.values()}
-    assert len(found & expected) >= 0.95 * len(expected)
+    assert len(found & expected) >= 0.98 * len(expected)
     assert found == expected or target < 1
     assert summary.recall >= target
+    assert all(any(group <= whole for whole in expected) for group in found)
+    num_lists = read_record(made).plan.num_lists
+    assert 1 <= summary.lists < num_lists / 4 if num_lists else summary.lists == 1
     assert (summary.groups, summary.duplicates, summary.largest) == (
         len(groups), len(rows) - len(groups), max(len(group) for group in groups.values()),
     )  # fmt: skip
@@ -76,12 +80,92 @@ def test_groups_are_the_components_of_an_exact_search(made, tmp_path, kind):
             assert row["key"] == f"{row['shard']}-{row['row']}"
 
 
-def test_an_index_that_finds_too_few_is_refused(made, tmp_path):
-    """Copies beyond a node's links are islands to a graph."""
-    build_index(made, kind="hnsw", target_recall=0.9, rebuild=True, **HERE)
-    with pytest.raises(IndexingError, match="an index of kind ivf finds all"):
-        find_duplicates(made, threshold=THRESHOLD, out=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+def groups_of(folder):
+    """Sets of (shard, row)."""
+    groups = {}
+    for row in pq.read_table(folder / "groups.parquet").to_pylist():
+        groups.setdefault(row["group"], set()).add((row["shard"], row["row"]))
+    return {frozenset(group) for group in groups.values()}
+
+
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_memory_and_precision_change_nothing(made, tmp_path, monkeypatch, kind, precision):
+    """Of vectors there are some hundreds at a time, of lists some, of scores 64 x 128."""
+    build_index(made, kind=kind, target_recall=0.9, rebuild=True, **HERE)
+    find_duplicates(made, threshold=THRESHOLD, out=tmp_path / "large", device="cpu", precision=precision)
+    reads = []
+    read = duplicates.pairs._read
+    monkeypatch.setattr(
+        duplicates.pairs, "_read", lambda rows, ids, how: reads.append(len(ids)) or read(rows, ids, how)
+    )
+    monkeypatch.setattr(duplicates.job, "default_memory_bytes", lambda: 500_000)
+    monkeypatch.setattr(duplicates.pairs, "PIECE", 64)
+    monkeypatch.setattr(duplicates.pairs, "TILE_SCORES", 64 * 128)
+    find_duplicates(made, threshold=THRESHOLD, out=tmp_path / "small", device="cpu", precision=precision)
+    assert groups_of(tmp_path / "small") == groups_of(tmp_path / "large")
+    assert groups_of(tmp_path / "small") == truth(made)[0] or kind == "ivf"
+    assert len(reads) > 5 and max(reads) <= 500_000 / 4 / INFO.dim / (2 + 2)
+
+
+@pytest.mark.parametrize("target", [0.5, 0.99])
+def test_a_lower_target_looks_at_less_and_finds_as_much_as_it_says(made, tmp_path, target):
+    build_index(made, kind="ivf", target_recall=0.9, rebuild=True, **HERE)
+    most = find_duplicates(made, threshold=THRESHOLD, target_recall=1, out=tmp_path / "most")
+    assert groups_of(tmp_path / "most") == truth(made)[0]
+    summary = find_duplicates(made, threshold=THRESHOLD, target_recall=target, out=tmp_path / "some")
+    assert target <= summary.recall <= most.recall
+    assert summary.lists <= most.lists
+    expected, found = truth(made)[0], groups_of(tmp_path / "some")
+    assert all(any(group <= whole for whole in expected) for group in found)  # nothing that is not a pair
+    assert sum(map(len, found)) >= (target - 0.02) * sum(map(len, expected))
+    if target < 0.9:
+        assert summary.lists < most.lists
+
+
+def test_vectors_whose_hashes_meet_are_no_copies(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(duplicates.copies, "_hashes", lambda vectors: np.zeros(len(vectors), np.uint64))
+    build_index(made, kind="flat", rebuild=True, **HERE)
+    find_duplicates(made, threshold=THRESHOLD, out=tmp_path)
+    assert groups_of(tmp_path) == truth(made)[0]
+
+
+def test_very_many_that_are_nearly_one_are_one_group(tmp_path):
+    """Their pairs are 200 million; those that tell something are few."""
+    rng = np.random.default_rng(0)
+    near = clustered(1) + rng.normal(size=(20_000, INFO.dim)) * 0.002
+    others = clustered(500, seed=3, spread=1.0)
+    vectors = np.concatenate([near, others])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    write_shard(tmp_path, "s", vectors[rng.permutation(len(vectors))].astype(np.float32))
+    build_index(tmp_path, kind="ivf", **HERE)
+    summary = find_duplicates(tmp_path, threshold=0.99)
+    assert summary.largest >= 20_000
+
+
+def test_rows_that_have_gone_are_in_no_group(tmp_path):
+    """The graph keeps what it was built of."""
+    copies = clustered(90, spread=1.0)
+    for name, vectors in (("a", copies), ("b", clustered(400, seed=2, spread=1.0)), ("c", copies)):
+        write_shard(tmp_path, name, vectors)
+    build_index(tmp_path, kind="hnsw", **HERE)
+    assert find_duplicates(tmp_path, threshold=0.999).groups == 90
+    (tmp_path / "embeddings" / "a.parquet").unlink()
+    assert not build_index(tmp_path, **HERE).is_new
+    assert find_duplicates(tmp_path, threshold=0.999).groups == 0
+
+
+def test_a_damaged_embedding_ends_it(tmp_path):
+    vectors = clustered(200)
+    write_shard(tmp_path, "s", vectors)
+    build_index(tmp_path, kind="flat", **HERE)
+    path = tmp_path / "embeddings" / "s.parquet"
+    content = path.read_bytes()
+    row = vectors[7].astype(np.float16).tobytes()
+    at = content.index(row)
+    path.write_bytes(content[:at] + b"\xff\x7b" * (len(row) // 2) + content[at + len(row) :])
+    with pytest.raises(StoreError, match="damaged embedding among rows 0 to 199"):
+        find_duplicates(tmp_path)
 
 
 def test_a_corpus_of_one_image_is_one_group(tmp_path):
@@ -101,18 +185,16 @@ def test_copies_are_found_at_any_threshold(tmp_path, threshold):
 
 
 def test_a_shard_that_is_replaced_meanwhile_ends_it(tmp_path, monkeypatch):
-    from clipindex import duplicates
-
     for name in ("a", "b"):
         write_shard(tmp_path, name, clustered(100))
     build_index(tmp_path, **HERE)
-    tune = duplicates._tune
+    find_reach = duplicates.job.find_reach
 
     def meanwhile(*arguments):
         write_shard(tmp_path, "a", clustered(120), version="mtime:2")
-        return tune(*arguments)
+        return find_reach(*arguments)
 
-    monkeypatch.setattr(duplicates, "_tune", meanwhile)
+    monkeypatch.setattr(duplicates.job, "find_reach", meanwhile)
     with pytest.raises(IndexingError, match="replaced"):
         find_duplicates(tmp_path)
     assert not (tmp_path / "duplicates" / "groups.parquet").exists()

@@ -12,7 +12,7 @@ NO_ROW = -1
 
 
 def first_copies(rows: Rows) -> IntArray:
-    """For each id [next_id] that of the first row with the same vector, bit for bit; `NO_ROW` where the row has gone."""
+    """For each id [next_id] that of the first row with the same vector, bit for bit; `NO_ROW` where it has gone."""
     hashes = np.zeros(rows.opened.record.next_id, np.uint64)
     first = np.full(len(hashes), NO_ROW, np.int64)
     hashed = map_in_order(lambda each: (each[0], _hashes(each[1].embedding)), rows.batches(), num_cores())
@@ -35,12 +35,14 @@ def _hashes(vectors: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint64
     words = bytes_.view(np.uint64 if bytes_.shape[1] % 8 == 0 else f"u{vectors.itemsize}")
     factors = np.random.default_rng(0).integers(0, 2**63, words.shape[1], np.uint64) * np.uint64(2) + np.uint64(1)
     mixed = words * factors
-    return (mixed ^ (mixed >> np.uint64(29))).sum(axis=1)
+    hashes: np.ndarray[Any, np.dtype[np.uint64]] = (mixed ^ (mixed >> np.uint64(29))).sum(axis=1)
+    return hashes
 
 
 def _same(rows: Rows, ones: IntArray, others: IntArray) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which pairs of ids are equal indeed: hashes of billions of vectors may meet."""
-    return (_bytes(rows, ones) == _bytes(rows, others)).all(axis=1)
+    same: np.ndarray[Any, np.dtype[np.bool_]] = (_bytes(rows, ones) == _bytes(rows, others)).all(axis=1)
+    return same
 
 
 def _bytes(rows: Rows, ids: IntArray) -> np.ndarray[Any, np.dtype[np.uint8]]:

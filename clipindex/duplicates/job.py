@@ -1,33 +1,26 @@
 """Near-duplicates: rows whose cosine is above a threshold, joined into groups, with the one of each to keep."""
 
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from clipindex.allocator import keep_freed_memory
 from clipindex.atomic import remove_stale_temporaries, write_json
 from clipindex.devices import PRECISIONS, choose_device, choose_precision
-from clipindex.duplicates.copies import NO_ROW, first_copies
-from clipindex.duplicates.groups import Groups
-from clipindex.duplicates.pairs import Task, join_pairs
-from clipindex.duplicates.reach import Lists, count_pairs, reached, reaches, read_lists
-from clipindex.duplicates.rows import AGAIN, Rows, unit
+from clipindex.duplicates.copies import first_copies
+from clipindex.duplicates.joining import join_rows
+from clipindex.duplicates.lists import read_lists
+from clipindex.duplicates.reach import find_reach
+from clipindex.duplicates.rows import AGAIN, OnProgress, Rows
 from clipindex.errors import IndexingError, UsageError
 from clipindex.index.files import OpenIndex, open_index
 from clipindex.index.plan import default_memory_bytes
 from clipindex.nearest import Arithmetic, check_model, compare_shards, full_sums, locate
-from clipindex.recall import draw_rows, read_drawn
 from clipindex.store import AtomicParquet, VectorReader, read_dataset, read_rows, shard_states
 from clipindex.types import IntArray
-
-NUM_CHECKED = 1000
-"""Rows whose duplicates are counted exactly; half as many more are drawn to find the reach by."""
-OnProgress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and of how much."""
 
 _COLUMNS = ("key", "width", "height")
 _SCHEMA = pa.schema(
@@ -88,7 +81,7 @@ def find_duplicates(
     Args:
         folder: The embedding directory, with an index that knows all of its rows.
         threshold: Cosine.
-        target_recall: Share of the true pairs to find; with 1, all are found as far as can be proven, see `reach`.
+        target_recall: Share of the true pairs to find; with 1, each row is compared with each.
         out: Folder of summary.json and of groups.parquet, which has a row for each row of a group, the one to keep
             first: group, keep, key, cosine to the one to keep, width, height, shard, row. `folder`/duplicates by
             default.
@@ -106,6 +99,7 @@ def find_duplicates(
     folder = Path(folder)
     target = Path(out) if out is not None else folder / "duplicates"
     started = time.perf_counter()
+    keep_freed_memory()
     chosen = choose_device(device)
     arithmetic = Arithmetic(chosen, PRECISIONS[choose_precision(precision, chosen)])
     opened = _up_to_date(folder)
@@ -114,8 +108,12 @@ def find_duplicates(
     first = first_copies(rows)
     lists = read_lists(rows, first)
     with full_sums(chosen):
-        reach, recall, checked = _find_reach(rows, lists, threshold, target_recall, seed, arithmetic, on_progress)
-        names, lists_a_row = _joined(rows, lists, first, threshold, reach, arithmetic, on_progress)
+        search = find_reach(
+            rows, lists, threshold, target_recall, seed, arithmetic,
+            lambda done: on_progress("search exactly", done, opened.record.rows),
+        )  # fmt: skip
+        memory = default_memory_bytes() // 4
+        names = join_rows(rows, search, first, threshold, arithmetic, memory, on_progress)
     members, groups = _groups(names)
     on_progress("write", 0, 0)
     table = _table(rows, members, groups)
@@ -132,9 +130,9 @@ def find_duplicates(
         groups=len(sizes),
         duplicates=len(members) - len(sizes),
         largest=int(sizes.max(initial=0)),
-        recall=recall,
-        checked=checked,
-        lists=round(lists_a_row, 2),
+        recall=search.recall,
+        checked=search.checked,
+        lists=round(search.lists_a_row, 2),
         seconds=round(time.perf_counter() - started, 3),
     )
     write_json(target / "summary.json", asdict(summary))
@@ -155,78 +153,6 @@ def _up_to_date(folder: Path) -> OpenIndex:
 def _is_up_to_date(folder: Path, opened: OpenIndex) -> bool:
     known, new = compare_shards(shard_states(folder), opened.shards)
     return not new and len(known) == len(opened.shards)
-
-
-def _find_reach(
-    rows: Rows,
-    lists: Lists,
-    threshold: float,
-    target: float,
-    seed: int,
-    arithmetic: Arithmetic,
-    on_progress: OnProgress,
-) -> tuple[float, float, int]:
-    """The least reach that finds as large a share of the pairs as is wanted; that share, and of how many rows it is."""
-    drawn = draw_rows({shard.name: shard.rows for shard in rows.opened.shards}, NUM_CHECKED * 3 // 2, seed)
-    first = {shard.name: shard.first_id for shard in rows.opened.shards}
-    counts = count_pairs(
-        rows, lists, np.concatenate([first[name] + part for name, part in drawn]), unit(read_drawn(rows.folder, drawn)),
-        threshold, arithmetic, lambda done: on_progress("search exactly", done, rows.opened.record.rows),
-    )  # fmt: skip
-    others = counts[counts[:, 0] > 1] - 1  # without itself
-    shares = others[:, 1:] / others[:, :1]
-    every_third = np.arange(len(shares)) % 3 == 0
-    parts = (shares[every_third], shares[~every_third]) if len(shares) >= 3 else (shares, shares)
-    tuning, check = (part.mean(axis=0) if len(part) else np.ones(counts.shape[1] - 1) for part in parts)
-    enough = np.minimum(tuning, check) >= target
-    at = int(enough.argmax()) if enough.any() else len(enough) - 1
-    return reaches(lists, threshold, arithmetic)[at], float(check[at]), len(parts[1])
-
-
-def _joined(
-    rows: Rows,
-    lists: Lists,
-    first: IntArray,
-    threshold: float,
-    reach: float,
-    arithmetic: Arithmetic,
-    on_progress: OnProgress,
-) -> tuple[IntArray, float]:
-    """For each id [next_id] the group it is of, its own id where it is alone; and the lists a row is compared with."""
-    own = np.arange(len(first), dtype=np.int64)
-    is_asked = first == own
-    total = int(is_asked.sum())
-    parts = [(np.empty(0, np.int64), np.empty(0, np.int64))]
-    if len(lists.centroids) > 1:
-        done = 0
-        for ids, numbers in reached(rows, lists, is_asked, reach, arithmetic):
-            parts.append((ids, numbers))
-    reaching = tuple(np.concatenate(each) for each in zip(*parts, strict=True))
-    groups = Groups(np.where(first == NO_ROW, own, first))
-    join_pairs(
-        rows, _tasks(lists, is_asked, reaching), groups, threshold, arithmetic, default_memory_bytes() // 4,
-        lambda done: on_progress("compare", done, total),
-    )  # fmt: skip
-    return groups.names(own), 1 + len(reaching[0]) / max(total, 1)
-
-
-def _tasks(
-    lists: Lists, is_asked: np.ndarray[Any, np.dtype[np.bool_]], reaching: tuple[IntArray, IntArray]
-) -> Iterator[Task]:
-    """Of each list its rows among themselves, and with the rows that reach it."""
-    asked = np.flatnonzero(is_asked)
-    members = np.split(*_by_list(asked, lists.home[asked], len(lists.centroids)))
-    from_elsewhere = np.split(*_by_list(*reaching, len(lists.centroids)))
-    for inside, outside in zip(members, from_elsewhere, strict=True):
-        if len(inside):
-            yield Task(inside, None)
-            yield Task(inside, outside)
-
-
-def _by_list(ids: IntArray, numbers: np.ndarray[Any, Any], num_lists: int) -> tuple[IntArray, IntArray]:
-    """Ids [n] in the order of their lists, and where each list but the first begins."""
-    begins = np.cumsum(np.bincount(numbers, minlength=num_lists))[:-1]
-    return ids[np.argsort(numbers, kind="stable")], begins
 
 
 def _groups(roots: IntArray) -> tuple[IntArray, IntArray]:

@@ -1,12 +1,12 @@
 """All pairs of rows at a threshold, of those that the lists of an index lead to, joined into groups.
 
-A list is one product: of its rows with one another, and with the rows that reach it. Where it is very large, it is
-several, so that memory stays bounded; rows that are of one group already are not compared again, without which a million
-images that are nearly one would be half a billion times 4,096 pairs.
+A list is one product: of its rows with one another, and with the rows that reach it. A very large one is several, so
+that memory stays bounded. Rows that are mostly of one group already are not compared with one another again: a million
+images that are nearly one are half a billion pairs times a thousand, of which a million tell what there is to know.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,8 +53,7 @@ def join_pairs(
     threshold: float,
     arithmetic: Arithmetic,
     memory_bytes: int,
-    on_progress: Callable[[int], None],
-) -> None:
+) -> Iterator[int]:
     """Join the rows whose cosine is at the threshold, by `unit_cosines`, of all pairs that are to be compared.
 
     Args:
@@ -64,19 +63,18 @@ def join_pairs(
         threshold: Cosine.
         arithmetic: Of the products.
         memory_bytes: For vectors; they are read again as often as that is too little.
-        on_progress: Called with the number of ones, of tasks that were among themselves.
+
+    Yields:
+        After some pairs, of how many rows more all pairs among themselves have been compared.
     """
     row_bytes = rows.reader.dim * (rows.reader.dtype.itemsize + arithmetic.dtype.itemsize)
     most = max(memory_bytes // row_bytes, 2)
     bounds = limits(threshold, arithmetic, rows.reader.dim)
-    done = 0
     for wanted, some in _loads(_split(tasks, most // 2, most // 2), rows.opened.record.next_id, most):
         held = _read(rows, wanted, arithmetic)
         look = _Looker(held, groups, bounds, threshold)
         with contextlib.closing(map_in_order(look, _tiles(some), num_cores())) as looked:
-            for size in looked:
-                done += size
-                on_progress(done)
+            yield from looked
 
 
 def _split(tasks: Iterable[Task], piece: int, block: int) -> Iterator[Task]:
@@ -84,10 +82,9 @@ def _split(tasks: Iterable[Task], piece: int, block: int) -> Iterator[Task]:
     for ones, others in tasks:
         for first in range(0, len(ones), piece):
             some = ones[first : first + piece]
-            rest = others
+            rest = ones[first + piece :] if others is None else others
             if others is None:
                 yield Task(some, None)
-                rest = ones[first + piece :]
             for begin in range(0, len(rest), block):
                 yield Task(some, rest[begin : begin + block])
 

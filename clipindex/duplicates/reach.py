@@ -1,163 +1,154 @@
-"""Which lists of an index a row is compared with, so that as many of its near-duplicates are found as are asked for.
+"""How far a row has to reach, so that as many of its near-duplicates are found as are asked for: measured on a sample.
 
-A row is compared with the rows of its own list, its home, and with those of each list whose centroid scores almost as
-well with it: less by no more than the `reach`. A pair is looked at if either row reaches the other's home.
-
-There is a reach from which on no pair is missed. Take unit vectors x and y with a cosine of t or more, so that
-|x - y| <= sqrt(2 - 2 t), and the centroids a and b of their homes. What b lacks for x, x (a - b), and what a lacks for
-y, y (b - a), are (x - y) (a - b) together, which is at most sqrt(2 - 2 t) |a - b|: one of them is half of that or less.
-Whether homes are the nearest lists does not matter. With R the largest distance of a centroid from any fixed point,
-|a - b| <= 2 R: a reach of sqrt(2 - 2 t) R finds all. Near-duplicates are mostly found with much less, and how much is
-measured with a sample.
+Take unit vectors x and y with a cosine of t or more, so that |x - y| <= sqrt(2 - 2 t), and the centroids a and b of
+their homes. What b lacks for x, x (a - b), and what a lacks for y, y (b - a), are (x - y) (a - b) together: one of them
+is sqrt(2 - 2 t) |a - b| / 2 or less, which is a reach that finds all. Most are found with a small part of it, since
+x - y has no reason to point from one centroid to the other. Where nothing is enough, or it would be as cheap, all rows
+are compared with one another.
 """
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from clipindex.duplicates.copies import NO_ROW
-from clipindex.duplicates.rows import Rows, checked_unit
-from clipindex.errors import StoreError
-from clipindex.index.files import REBUILD
-from clipindex.index.search import lists_of
+from clipindex.duplicates.lists import SCORES_AT_ONCE, Lists, lacks, one_list
+from clipindex.duplicates.rows import Rows, checked_unit, unit
 from clipindex.nearest import Arithmetic, limits
+from clipindex.recall import draw_rows, read_drawn
 from clipindex.store import EmbeddingBatch
 from clipindex.threads import map_in_order, num_cores
-from clipindex.types import Float32Array, IntArray
+from clipindex.types import IntArray
 
-HALVINGS = 6
-"""Of the reach that finds all, down to the least that is tried beside none."""
+NUM_CHECKED = 1000
+"""Rows whose duplicates are counted exactly; half as many more are drawn to find the reach by."""
+HALVINGS = 7
+"""Of the largest reach that may be needed, down to the least that is tried beside none."""
 SAME = 1e-6
 """Cosines this near are one: sums in float32, in another order."""
-SCORES_AT_ONCE = 1 << 22
-"""8 MiB in bf16; larger blocks fall out of the cache before they are looked at."""
 
 
-class Lists(NamedTuple):
-    """The lists of an index."""
+class Search(NamedTuple):
+    """Which rows are compared, and what that finds."""
 
-    centroids: torch.Tensor
-    """[L, D] in float32, less their mean: differences of scores stay, and are rounded less."""
-    home: np.ndarray[tuple[int], np.dtype[np.int32]]
-    """[next_id]: the list of each id; copies have that of the first. -1 where there is no row."""
+    lists: Lists
+    reach: float
+    lists_a_row: float
+    """Mean number that a row is compared with; its home among them."""
+    recall: float
+    """Share of the true pairs that are found, averaged over rows of the sample that have any."""
+    checked: int
+    """How many those are."""
 
-    @property
-    def radius(self) -> float:
-        """The largest distance of a centroid from their mean."""
-        return float(self.centroids.norm(dim=1).max())
+
+class Sample(NamedTuple):
+    """Rows whose near-duplicates are counted."""
+
+    vectors: torch.Tensor
+    """Unit vectors [S, D] in float32."""
+    home: torch.Tensor
+    """[S]."""
+    lack: torch.Tensor
+    """[S, L]; see `lacks`."""
 
 
-def read_lists(rows: Rows, first: IntArray) -> Lists:
-    """The lists of the index of some rows, of which the first copies [next_id] are known.
+def find_reach(
+    rows: Rows,
+    lists: Lists,
+    threshold: float,
+    target: float,
+    seed: int,
+    arithmetic: Arithmetic,
+    on_progress: Callable[[int], None],
+) -> Search:
+    """The least reach that finds as large a share of the pairs as is wanted.
 
-    Raises:
-        StoreError: A row is in no list.
+    Args:
+        rows: All of them.
+        lists: In which they are.
+        threshold: Cosine of a pair.
+        target: The share.
+        seed: Of the sample.
+        arithmetic: Of products.
+        on_progress: Called with the number of rows that were compared with the sample.
     """
-    centroids, home = lists_of(rows.opened.faiss, rows.opened.record.next_id)
-    home = np.where(first == NO_ROW, np.int32(-1), home[first])
-    if (home[first != NO_ROW] < 0).any():
-        raise StoreError(f"{Path(rows.folder) / 'index'} is damaged: rows are in none of its lists; {REBUILD}")
-    wide = torch.from_numpy(centroids)
-    return Lists(wide - wide.mean(dim=0), home)
+    sample = _drawn(rows, lists, seed, arithmetic)
+    counts = count_pairs(rows, lists, sample, threshold, arithmetic, on_progress)
+    others = counts[counts[:, -1] > 1] - 1  # without itself
+    shares = others / others[:, -1:]
+    is_third = np.arange(len(shares)) % 3 == 0
+    tuning, check = (shares[is_third], shares[~is_third]) if len(shares) >= 3 else (shares, shares)
+    recall = check.mean(axis=0) if len(check) else np.ones(counts.shape[1])
+    least = np.minimum(recall, tuning.mean(axis=0)) if len(tuning) else recall
+    # All rows, which come last, find all; that nothing is missed by less, no sample tells.
+    at = int((least >= target).argmax()) if target < 1 else len(least) - 1
+    reach = float(reaches(lists, threshold)[at])
+    is_reached = sample.lack <= reach
+    home = lists.home[lists.home >= 0]
+    sizes = torch.from_numpy(np.bincount(home, minlength=len(lists.centroids)))
+    if (is_reached * sizes).sum(dim=1).float().mean() >= len(home) / 2:  # each with each is half a square
+        return Search(one_list(lists), 0.0, float(len(lists.centroids)), 1.0, len(check))
+    return Search(lists, reach, float(is_reached.sum(dim=1).float().mean()), float(recall[at]), len(check))
 
 
-def reaches(lists: Lists, threshold: float, arithmetic: Arithmetic) -> list[float]:
-    """From 0 to what finds every pair at the threshold, of which more in the module's docstring.
+def _drawn(rows: Rows, lists: Lists, seed: int, arithmetic: Arithmetic) -> Sample:
+    drawn = draw_rows({shard.name: shard.rows for shard in rows.opened.shards}, NUM_CHECKED * 3 // 2, seed)
+    first = {shard.name: shard.first_id for shard in rows.opened.shards}
+    home = torch.from_numpy(lists.home[np.concatenate([first[name] + numbers for name, numbers in drawn])]).long()
+    vectors = unit(read_drawn(rows.folder, drawn))
+    return Sample(vectors, home, lacks(lists, arithmetic.rounded(vectors), home, arithmetic))
 
-    Scores are of rounded vectors, and rounded themselves. So what finds all is more by twice what that can move one.
-    """
-    error = arithmetic.error(lists.centroids.shape[1])
-    moved = error + arithmetic.unit_roundoff * (1 + error)
-    most = (math.sqrt(2 - 2 * threshold) + 2 * moved) * lists.radius
-    return [0.0, *(most * 2.0**-halvings for halvings in range(HALVINGS, -1, -1))]
+
+def reaches(lists: Lists, threshold: float) -> torch.Tensor:
+    """What is tried, ascending: none, some, and all rows (infinity)."""
+    most = math.sqrt(2 - 2 * threshold) * float(lists.centroids.norm(dim=1).max())
+    return torch.tensor([0.0, *(most * 2.0**-halvings for halvings in range(HALVINGS, -1, -1)), math.inf])
 
 
 def count_pairs(
     rows: Rows,
     lists: Lists,
-    sample: IntArray,
-    vectors: torch.Tensor,
+    sample: Sample,
     threshold: float,
     arithmetic: Arithmetic,
     on_progress: Callable[[int], None],
 ) -> IntArray:
-    """How many rows are at the threshold for each of a sample, by looking at every row; and with each reach.
+    """How many rows are at the threshold for each of a sample, by looking at every row: those found by each reach.
 
     Args:
         rows: All of them.
         lists: In which they are.
-        sample: Ids [S].
-        vectors: Unit vectors [S, D] of those.
+        sample: S rows.
         threshold: Cosine.
         arithmetic: Of the product by which rows are passed over that are like none of the sample.
         on_progress: Called with the number of rows that were looked at.
 
     Returns:
-        Counts [S, 1 + reaches]: of all such rows, then of those that are found with each of the `reaches`.
+        Counts [S, reaches]: of such rows that are found with each of the `reaches`; with the last, all.
     """
-    levels = reaches(lists, threshold, arithmetic)
+    levels = reaches(lists, threshold)
     possible = limits(threshold, arithmetic, rows.reader.dim).possible
-    rounded = arithmetic.rounded(vectors)
-    across = arithmetic.rounded(lists.centroids).T
-    home = torch.from_numpy(lists.home.astype(np.int64))
-    scores = (rounded @ across).cpu()
-    own = scores.gather(1, home[sample, None])
+    rounded = arithmetic.rounded(sample.vectors)
 
     def count(item: tuple[IntArray, EmbeddingBatch]) -> tuple[int, torch.Tensor]:
         ids, batch = item
-        wide = checked_unit(batch)
-        rough = arithmetic.rounded(wide)
-        best = (rounded @ rough.T).amax(dim=0)
-        counts = torch.zeros(len(sample), 1 + len(levels), dtype=torch.int64)
-        for near in (best >= possible).nonzero()[:, 0].split(max(1, SCORES_AT_ONCE // len(sample))):
-            found = vectors @ wide[near.cpu()].T >= threshold - SAME
-            counts[:, 0] += found.sum(dim=1)
-            their_home = home[ids][near.cpu()]
-            their_scores = (rough[near] @ across).cpu()
-            their_own = their_scores.gather(1, their_home[:, None])
-            for at, reach in enumerate(levels, 1):
-                is_reached = scores[:, their_home] >= _least(own, reach)
-                reaches_it = their_scores[:, home[sample]] >= _least(their_own, reach)
-                counts[:, at] += (found & (is_reached | reaches_it.T)).sum(dim=1)
+        vectors = checked_unit(batch)
+        best = (rounded @ arithmetic.rounded(vectors).T).amax(dim=0)
+        counts = torch.zeros(len(rounded) * len(levels), dtype=torch.int64)
+        for near in torch.split((best >= possible).nonzero()[:, 0].cpu(), max(1, SCORES_AT_ONCE // len(rounded))):
+            one, other = (sample.vectors @ vectors[near].T >= threshold - SAME).nonzero(as_tuple=True)
+            home = torch.from_numpy(lists.home[ids][near.numpy()].astype(np.int64))
+            lack = lacks(lists, arithmetic.rounded(vectors[near]), home, arithmetic)
+            least = torch.minimum(sample.lack[one, home[other]], lack[other, sample.home[one]])
+            counts += torch.bincount(one * len(levels) + torch.bucketize(least, levels), minlength=len(counts))
         return len(ids), counts
 
-    total, counts = 0, torch.zeros(len(sample), 1 + len(levels), dtype=torch.int64)
+    total, counts = 0, torch.zeros(len(rounded) * len(levels), dtype=torch.int64)
     with contextlib.closing(map_in_order(count, rows.batches(), num_cores())) as counted:
         for size, found in counted:
             total, counts = total + size, counts + found
             on_progress(total)
-    return counts.numpy()
-
-
-def reached(
-    rows: Rows, lists: Lists, asked: np.ndarray[tuple[int], np.dtype[np.bool_]], reach: float, arithmetic: Arithmetic
-) -> Iterator[tuple[IntArray, IntArray]]:
-    """Ids of the rows that are asked for, and lists other than its home that each reaches; a block of rows at a time."""
-    across = arithmetic.rounded(lists.centroids).T
-
-    def look(item: tuple[IntArray, EmbeddingBatch]) -> tuple[IntArray, IntArray]:
-        ids, batch = item
-        kept = np.flatnonzero(asked[ids])
-        vectors = arithmetic.rounded(checked_unit(batch)[kept])
-        home = torch.from_numpy(lists.home[ids[kept]].astype(np.int64)).to(arithmetic.device)[:, None]
-        found = []
-        size = max(1, SCORES_AT_ONCE // len(lists.centroids))
-        for first in range(0, len(kept), size):
-            block = home[first : first + size]
-            scores = vectors[first : first + size] @ across
-            near = (scores >= _least(scores.gather(1, block), reach)).scatter_(1, block, False).nonzero()
-            found.append(near + torch.tensor([first, 0], device=near.device))
-        row, number = torch.cat([torch.empty(0, 2, dtype=torch.int64), *(each.cpu() for each in found)]).numpy().T
-        return ids[kept[row]], number
-
-    yield from map_in_order(look, rows.batches(), num_cores())
-
-
-def _least(own: torch.Tensor, reach: float) -> torch.Tensor:
-    """The least score with a centroid that is reached, where that with the home's is `own`."""
-    return (own.float() - reach).to(own.dtype)
+    return counts.view(len(rounded), len(levels)).cumsum(dim=1).numpy()

@@ -1,6 +1,6 @@
 """The rows of a directory under the ids of its index."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,8 @@ from clipindex.types import Float32Array, IntArray
 
 AGAIN = "run clipindex index, then this again"
 PAIRS_AT_ONCE = 1 << 16
+OnProgress = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is done, and of how much."""
 
 
 class Rows(NamedTuple):
@@ -49,7 +51,9 @@ class Rows(NamedTuple):
         parts = [np.empty(0, np.float32)]
         for first in range(0, len(ones), PAIRS_AT_ONCE):
             some = slice(first, first + PAIRS_AT_ONCE)
-            left, right = (vectors_at(self.reader, self.names, *locate(self.opened, ids[some])) for ids in (ones, others))
+            left, right = (
+                vectors_at(self.reader, self.names, *locate(self.opened, ids[some])) for ids in (ones, others)
+            )
             parts.append(unit_cosines(left, right))
         return np.concatenate(parts)
 
@@ -68,4 +72,5 @@ def checked_unit(batch: EmbeddingBatch) -> torch.Tensor:
     vectors = torch.from_numpy(batch.embedding).float()
     norms = vectors.norm(dim=1, keepdim=True)
     check_cosines(batch, norms.numpy())
-    return vectors / norms.clamp_min(1e-12)
+    unit_vectors: torch.Tensor = vectors / norms.clamp_min(1e-12)
+    return unit_vectors

@@ -26,8 +26,9 @@ class Arithmetic(NamedTuple):
         """By how much a product of two rounded unit vectors differs from their cosine, before it is rounded itself.
 
         Rounding moves a unit vector by the unit roundoff u at most, since it moves each number by that share: and so,
-        by Cauchy and Schwarz, the product of two by 2 u + u^2. To that comes a sum of D products in float32, in whatever
-        order, with additions that round (2^-24) or cut off (2^-23); twice that covers what is too small for fp16.
+        by Cauchy and Schwarz, the product of two by 2 u + u^2. To that comes a sum of D products in float32, in
+        whatever order, with additions that round (2^-24) or cut off (2^-23); twice that covers what is too small for
+        fp16 as well.
         """
         return 2 * self.unit_roundoff + self.unit_roundoff**2 + dim * 2.0**-22
 
