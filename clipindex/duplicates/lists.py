@@ -15,7 +15,7 @@ from clipindex.duplicates.rows import Rows, checked_unit
 from clipindex.errors import StoreError
 from clipindex.index.files import REBUILD
 from clipindex.index.search import lists_of
-from clipindex.nearest import Arithmetic
+from clipindex.nearest import Arithmetic, nonzero
 from clipindex.store import EmbeddingBatch
 from clipindex.threads import map_in_order, num_cores
 from clipindex.types import IntArray
@@ -53,15 +53,17 @@ def one_list(lists: Lists) -> Lists:
 
 
 def lacks(lists: Lists, vectors: torch.Tensor, home: torch.Tensor, arithmetic: Arithmetic) -> torch.Tensor:
-    """By how much less each centroid scores [n, L] with rounded vectors [n, D] than that of the home [n]."""
-    scores = (vectors @ arithmetic.rounded(lists.centroids).T).float().cpu()
-    return _own(lists, vectors, home, arithmetic).cpu() - scores
+    """By how much less each centroid scores [n, L] with unit vectors [n, D] than that of the home [n].
+
+    By a rounded product, as in `reached`, so that what a sample tells is what rows then do.
+    """
+    scores = arithmetic.rounded(vectors) @ arithmetic.rounded(lists.centroids).T
+    return _own(lists, vectors, home) - scores.float().cpu()
 
 
-def _own(lists: Lists, vectors: torch.Tensor, home: torch.Tensor, arithmetic: Arithmetic) -> torch.Tensor:
-    """Scores [n, 1] of rounded vectors [n, D] with the centroids of their homes [n]."""
-    centroids = arithmetic.rounded(lists.centroids[home])
-    return (vectors.float() * centroids.float()).sum(dim=1, keepdim=True)
+def _own(lists: Lists, vectors: torch.Tensor, home: torch.Tensor) -> torch.Tensor:
+    """Scores [n, 1] of unit vectors [n, D] with the centroids of their homes [n]."""
+    return torch.einsum("nd,nd->n", vectors, lists.centroids[home])[:, None]
 
 
 def reached(
@@ -82,17 +84,16 @@ def reached(
     def look(item: tuple[IntArray, EmbeddingBatch]) -> tuple[int, IntArray, IntArray]:
         ids, batch = item
         kept = np.flatnonzero(is_asked[ids])
-        vectors = arithmetic.rounded(checked_unit(batch)[kept])
-        home = torch.from_numpy(lists.home[ids[kept]].astype(np.int64))
-        found = [torch.empty(0, 2, dtype=torch.int64)]
+        vectors = checked_unit(batch)[kept]
+        home = lists.home[ids[kept]].astype(np.int64)
+        # Rounded as the scores are, so that none is lost.
+        least = (_own(lists, vectors, torch.from_numpy(home)) - reach).to(arithmetic.device, arithmetic.dtype)
+        rounded = arithmetic.rounded(vectors)
         size = max(1, SCORES_AT_ONCE // len(numbers))
-        for first in range(0, len(kept), size):
-            some = slice(first, first + size)
-            least = _own(lists, vectors[some], home[some], arithmetic) - reach
-            near = vectors[some] @ across >= least.to(arithmetic.dtype)  # rounded as the scores are: none is lost
-            found.append(near.nonzero().cpu() + torch.tensor([first, numbers.start]))
-        row, number = torch.cat(found).T
-        row, number = row[number != home[row]], number[number != home[row]]
-        return len(ids), ids[kept[row.numpy()]], number.numpy()
+        blocks = [slice(first, first + size) for first in range(0, len(kept), size)]
+        found = [nonzero(rounded[some] @ across >= least[some]) + (some.start, numbers.start) for some in blocks]
+        row, number = np.concatenate([np.empty((0, 2), np.int64), *found]).T
+        is_other = number != home[row]
+        return len(ids), ids[kept[row[is_other]]], number[is_other]
 
     yield from map_in_order(look, rows.batches(), num_cores())

@@ -14,7 +14,7 @@ import torch
 
 from clipindex.duplicates.groups import Groups
 from clipindex.duplicates.rows import PAIRS_AT_ONCE, Rows, unit
-from clipindex.nearest import Arithmetic, Limits, limits, unit_cosines
+from clipindex.nearest import Arithmetic, Limits, limits, nonzero, unit_cosines
 from clipindex.threads import map_in_order, num_cores
 from clipindex.types import IntArray
 
@@ -166,9 +166,9 @@ class _Looker:
         if not len(near):
             return
         scores = scores[:, near]
-        one, other = (scores >= self._bounds.possible).nonzero(as_tuple=True)
+        one, other = nonzero(scores >= self._bounds.possible).T
         is_sure = (scores[one, other] > self._bounds.sure).cpu().numpy()
-        pairs = left[one.cpu().numpy()], right[near[other].cpu().numpy()]
+        pairs = left[one], right[near.cpu().numpy()[other]]
         self._join(*(each[is_sure] for each in pairs))
         self._join_exactly(*(each[~is_sure] for each in pairs))
 

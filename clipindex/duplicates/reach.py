@@ -99,7 +99,7 @@ def _drawn(rows: Rows, lists: Lists, seed: int, arithmetic: Arithmetic) -> Sampl
     first = {shard.name: shard.first_id for shard in rows.opened.shards}
     home = torch.from_numpy(lists.home[np.concatenate([first[name] + numbers for name, numbers in drawn])]).long()
     vectors = unit(read_drawn(rows.folder, drawn))
-    return Sample(vectors, home, lacks(lists, arithmetic.rounded(vectors), home, arithmetic))
+    return Sample(vectors, home, lacks(lists, vectors, home, arithmetic))
 
 
 def reaches(lists: Lists, threshold: float) -> torch.Tensor:
@@ -141,7 +141,7 @@ def count_pairs(
         for near in torch.split((best >= possible).nonzero()[:, 0].cpu(), max(1, SCORES_AT_ONCE // len(rounded))):
             one, other = (sample.vectors @ vectors[near].T >= threshold - SAME).nonzero(as_tuple=True)
             home = torch.from_numpy(lists.home[ids][near.numpy()].astype(np.int64))
-            lack = lacks(lists, arithmetic.rounded(vectors[near]), home, arithmetic)
+            lack = lacks(lists, vectors[near], home, arithmetic)
             least = torch.minimum(sample.lack[one, home[other]], lack[other, sample.home[one]])
             counts += torch.bincount(one * len(levels) + torch.bucketize(least, levels), minlength=len(counts))
         return len(ids), counts

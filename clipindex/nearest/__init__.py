@@ -3,7 +3,7 @@
 from clipindex.nearest.by_index import nearest, through_index, widened
 from clipindex.nearest.found import Filter, Nearest
 from clipindex.nearest.ids import check_model, compare_shards, ids_of, locate
-from clipindex.nearest.rounded import Arithmetic, Limits, full_sums, limits
+from clipindex.nearest.rounded import Arithmetic, Limits, full_sums, limits, nonzero
 from clipindex.nearest.scan import scan
 from clipindex.nearest.vectors import row_cosines, unit_cosines, vectors_at
 
@@ -19,6 +19,7 @@ __all__ = [
     "limits",
     "locate",
     "nearest",
+    "nonzero",
     "row_cosines",
     "scan",
     "through_index",

@@ -4,7 +4,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
+
+from clipindex.types import IntArray
 
 
 class Arithmetic(NamedTuple):
@@ -50,6 +53,14 @@ def limits(threshold: float, arithmetic: Arithmetic, dim: int) -> Limits:
     """
     sides = torch.tensor([threshold - arithmetic.error(dim), threshold + arithmetic.error(dim)]).to(arithmetic.dtype)
     return Limits(*sides.tolist())
+
+
+def nonzero(mask: torch.Tensor) -> IntArray:
+    """Places [k, 2] where a mask [n, m] is true; few, for which NumPy takes a sixth of PyTorch's time on a CPU."""
+    if mask.device.type != "cpu":
+        places: IntArray = mask.nonzero().cpu().numpy()
+        return places
+    return np.stack(np.divmod(np.flatnonzero(mask.numpy()), mask.shape[1]), axis=1)
 
 
 @contextlib.contextmanager
