@@ -159,7 +159,7 @@ class _Looker:
         right = left if others is None else self._held.place[others]
         if not len(left) or not len(right):
             return
-        scores = self._rounded(left) @ self._rounded(right).T
+        scores = (self._rounded(left) @ self._rounded(right).T)[: len(left), : len(right)]
         if others is None:
             scores.tril_(-1)
         near = (scores.amax(dim=0) >= self._bounds.possible).nonzero()[:, 0]
@@ -186,4 +186,12 @@ class _Looker:
         self._groups.join(self._held.ids[left], self._held.ids[right])
 
     def _rounded(self, places: IntArray) -> torch.Tensor:
-        return self._held.rounded.index_select(0, torch.from_numpy(places).to(self._held.rounded.device))
+        """Vectors of places, and of any others up to one of few sizes: a CPU prepares half a millisecond for each."""
+        padded = np.pad(places, (0, _round_up(len(places)) - len(places)))
+        return self._held.rounded.index_select(0, torch.from_numpy(padded).to(self._held.rounded.device))
+
+
+def _round_up(number: int) -> int:
+    """To a multiple of a number of 16 and more: by an eighth to a quarter, of larger ones."""
+    step = max(16, 1 << max(0, (number - 1).bit_length() - 3))
+    return -(-number // step) * step
