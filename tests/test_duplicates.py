@@ -95,10 +95,8 @@ def test_memory_and_precision_change_nothing(made, tmp_path, monkeypatch, kind, 
     build_index(made, kind=kind, target_recall=0.9, rebuild=True, **HERE)
     find_duplicates(made, threshold=THRESHOLD, out=tmp_path / "large", device="cpu", precision=precision)
     reads = []
-    read = duplicates.pairs._read
-    monkeypatch.setattr(
-        duplicates.pairs, "_read", lambda rows, ids, how: reads.append(len(ids)) or read(rows, ids, how)
-    )
+    read = duplicates.held._read
+    monkeypatch.setattr(duplicates.held, "_read", lambda rows, ids, how: reads.append(len(ids)) or read(rows, ids, how))
     monkeypatch.setattr(duplicates.job, "default_memory_bytes", lambda: 500_000)
     monkeypatch.setattr(duplicates.pairs, "PIECE", 64)
     monkeypatch.setattr(duplicates.pairs, "TILE_SCORES", 64 * 128)

@@ -7,8 +7,9 @@ import numpy as np
 
 from clipindex.duplicates.copies import NO_ROW
 from clipindex.duplicates.groups import Groups
-from clipindex.duplicates.lists import Lists, reached
-from clipindex.duplicates.pairs import Task, join_pairs
+from clipindex.duplicates.held import Task
+from clipindex.duplicates.lists import reached
+from clipindex.duplicates.pairs import join_pairs
 from clipindex.duplicates.reach import Search
 from clipindex.duplicates.rows import OnProgress, Rows
 from clipindex.nearest import Arithmetic
@@ -35,58 +36,39 @@ def join_rows(
         first: Of each id the first copy, which alone is compared.
         threshold: Cosine from which on rows are of one group.
         arithmetic: Of products.
-        memory_bytes: For vectors, and again for which lists they reach: of as many lists at a time as that allows.
+        memory_bytes: For vectors, and again for which lists they reach: rows of as many lists at a time as that allows.
         on_progress: Called with what is being done, how much of it is done, and of how much.
     """
     ids = np.arange(len(first), dtype=np.int64)
-    is_asked = first == ids
-    total, num_lists = int(is_asked.sum()), len(search.lists.centroids)
+    asked = np.flatnonzero(first == ids)
+    num_lists = len(search.lists.centroids)
+    members = _by_list(asked, search.lists.home[asked], num_lists)
     groups = Groups(np.where(first == NO_ROW, ids, first))
-    share = memory_bytes / max(1, REACHED_BYTES * total * search.lists_a_row)
+    share = memory_bytes / max(1, REACHED_BYTES * len(asked) * search.lists_a_row)
     at_once = max(1, int(num_lists * min(1, share)))
-    done = 0
+    reach_done = done = 0
     for begin in range(0, num_lists, at_once):
-        numbers = range(begin, min(begin + at_once, num_lists))
-        reaching = _reaching(rows, search, numbers, is_asked, arithmetic, on_progress)
-        tasks = _tasks(search.lists, numbers, is_asked, reaching)
+        parts = [(np.empty(0, np.int64), np.empty(0, np.int64))]
+        homes = members[begin : begin + at_once] if num_lists > 1 else []
+        for size, some, places in reached(rows, search.lists, homes, search.reach, arithmetic, memory_bytes):
+            parts.append((some, places))
+            reach_done += size
+            on_progress("find lists", reach_done, len(asked))
+        some, places = (np.concatenate(each) for each in zip(*parts, strict=True))
+        reaching = _by_list(some, places, num_lists)
+        tasks = _tasks(members, reaching, range(begin, begin + at_once))
         for compared in join_pairs(rows, tasks, groups, threshold, arithmetic, memory_bytes):
             done += compared
-            on_progress("compare", done, total)
+            on_progress("compare", done, len(asked))
     return groups.names(ids)
 
 
-def _reaching(
-    rows: Rows,
-    search: Search,
-    numbers: range,
-    is_asked: np.ndarray[Any, np.dtype[np.bool_]],
-    arithmetic: Arithmetic,
-    on_progress: OnProgress,
-) -> tuple[IntArray, IntArray]:
-    parts = [(np.empty(0, np.int64), np.empty(0, np.int64))]
-    done = 0
-    if len(search.lists.centroids) > 1:
-        for size, ids, places in reached(rows, search.lists, numbers, is_asked, search.reach, arithmetic):
-            parts.append((ids, places))
-            done += size
-            on_progress("find lists", done, rows.opened.record.rows)
-    ids, places = (np.concatenate(each) for each in zip(*parts, strict=True))
-    return ids, places
-
-
-def _tasks(
-    lists: Lists,
-    numbers: range,
-    is_asked: np.ndarray[Any, np.dtype[np.bool_]],
-    reaching: tuple[IntArray, IntArray],
-) -> Iterator[Task]:
-    """Of each list its rows among themselves, and with the rows that reach it."""
-    asked = np.flatnonzero(is_asked & (lists.home >= numbers.start) & (lists.home < numbers.stop))
-    members = _by_list(asked, lists.home[asked] - numbers.start, len(numbers))
-    others = _by_list(reaching[0], reaching[1] - numbers.start, len(numbers))
-    for inside, outside in zip(members, others, strict=True):
-        if len(inside):
+def _tasks(members: list[IntArray], reaching: list[IntArray], whole: range) -> Iterator[Task]:
+    """The rows of each list with those that reach it; and some lists' rows among themselves."""
+    for at, (inside, outside) in enumerate(zip(members, reaching, strict=True)):
+        if len(inside) and at in whole:
             yield Task(inside, None)
+        if len(inside) and len(outside):
             yield Task(inside, outside)
 
 

@@ -7,13 +7,13 @@ images that are nearly one are half a billion pairs times a thousand, of which a
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from clipindex.duplicates.groups import Groups
-from clipindex.duplicates.rows import PAIRS_AT_ONCE, Rows, unit
+from clipindex.duplicates.held import Held, Task, held_tasks, split
+from clipindex.duplicates.rows import PAIRS_AT_ONCE, Rows
 from clipindex.nearest import Arithmetic, Limits, limits, nonzero, unit_cosines
 from clipindex.threads import map_in_order, num_cores
 from clipindex.types import IntArray
@@ -22,28 +22,6 @@ PIECE = 1024
 """Rows of a list that are multiplied at once."""
 TILE_SCORES = 1 << 21
 """Scores at once, 4 MiB in bf16; also the most pairs that are in hand of a thread."""
-
-
-class Task(NamedTuple):
-    """Rows to compare."""
-
-    ones: IntArray
-    """Ids [m]."""
-    others: IntArray | None
-    """Ids [n], each with all of the ones; None: the ones among themselves."""
-
-
-class _Held(NamedTuple):
-    """Rows in memory."""
-
-    ids: IntArray
-    """[n], ascending."""
-    place: IntArray
-    """[next_id]: of each id among those."""
-    stored: np.ndarray[Any, Any]
-    """Vectors [n, D] in the directory's dtype."""
-    rounded: torch.Tensor
-    """The same, to be multiplied."""
 
 
 def join_pairs(
@@ -67,73 +45,23 @@ def join_pairs(
     Yields:
         After some pairs, of how many rows more all pairs among themselves have been compared.
     """
-    row_bytes = rows.reader.dim * (rows.reader.dtype.itemsize + arithmetic.dtype.itemsize)
-    most = max(memory_bytes // row_bytes, 2)
     bounds = limits(threshold, arithmetic, rows.reader.dim)
-    for wanted, some in _loads(_split(tasks, most // 2, most // 2), rows.opened.record.next_id, most):
-        held = _read(rows, wanted, arithmetic)
+    for held, some in held_tasks(rows, tasks, arithmetic, memory_bytes):
         look = _Looker(held, groups, bounds, threshold)
         with contextlib.closing(map_in_order(look, _tiles(some), num_cores())) as looked:
             yield from looked
 
 
-def _split(tasks: Iterable[Task], piece: int, block: int) -> Iterator[Task]:
-    """The same pairs in tasks of at most so many ones, and others."""
-    for ones, others in tasks:
-        for first in range(0, len(ones), piece):
-            some = ones[first : first + piece]
-            rest = ones[first + piece :] if others is None else others
-            if others is None:
-                yield Task(some, None)
-            for begin in range(0, len(rest), block):
-                yield Task(some, rest[begin : begin + block])
-
-
 def _tiles(tasks: Iterable[Task]) -> Iterator[Task]:
     for task in tasks:
         piece = min(PIECE, len(task.ones))
-        yield from _split([task], piece, TILE_SCORES // max(piece, 1))
-
-
-def _loads(tasks: Iterable[Task], next_id: int, most: int) -> Iterator[tuple[IntArray, list[Task]]]:
-    """Tasks that have at most so many rows together, and the ids of those, ascending."""
-    wanted = np.zeros(next_id, np.bool_)
-    some: list[Task] = []
-    number = 0
-    for task in tasks:
-        parts = [part for part in task if part is not None]
-        new = sum(len(part) - int(np.count_nonzero(wanted[part])) for part in parts)
-        if some and number + new > most:
-            yield np.flatnonzero(wanted), some
-            wanted[:] = False
-            some, number, new = [], 0, sum(map(len, parts))
-        for part in parts:
-            wanted[part] = True
-        some.append(task)
-        number += new
-    if some:
-        yield np.flatnonzero(wanted), some
-
-
-def _read(rows: Rows, ids: IntArray, arithmetic: Arithmetic) -> _Held:
-    stored = np.empty((len(ids), rows.reader.dim), rows.reader.dtype)
-    rounded = torch.empty(stored.shape, dtype=arithmetic.dtype, device=arithmetic.device)
-
-    def hold(item: tuple[slice, np.ndarray[Any, Any]]) -> None:
-        at, vectors = item
-        stored[at], rounded[at] = vectors, arithmetic.rounded(unit(vectors))
-
-    for _ in map_in_order(hold, rows.stored(ids), num_cores()):
-        pass
-    place = np.empty(rows.opened.record.next_id, np.int64)
-    place[ids] = np.arange(len(ids))
-    return _Held(ids, place, stored, rounded)
+        yield from split([task], piece, TILE_SCORES // max(piece, 1))
 
 
 class _Looker:
     """Looks at the pairs of tasks, in several threads, and joins those at the threshold."""
 
-    def __init__(self, held: _Held, groups: Groups, bounds: Limits, threshold: float) -> None:
+    def __init__(self, held: Held, groups: Groups, bounds: Limits, threshold: float) -> None:
         self._held = held
         self._groups = groups
         self._bounds = bounds
@@ -159,7 +87,7 @@ class _Looker:
         right = left if others is None else self._held.place[others]
         if not len(left) or not len(right):
             return
-        scores = (self._rounded(left) @ self._rounded(right).T)[: len(left), : len(right)]
+        scores = (self._held.padded(left) @ self._held.padded(right).T)[: len(left), : len(right)]
         if others is None:
             scores.tril_(-1)
         near = (scores.amax(dim=0) >= self._bounds.possible).nonzero()[:, 0]
@@ -184,14 +112,3 @@ class _Looker:
 
     def _join(self, left: IntArray, right: IntArray) -> None:
         self._groups.join(self._held.ids[left], self._held.ids[right])
-
-    def _rounded(self, places: IntArray) -> torch.Tensor:
-        """Vectors of places, and of any others up to one of few sizes: a CPU prepares half a millisecond for each."""
-        padded = np.pad(places, (0, _round_up(len(places)) - len(places)))
-        return self._held.rounded.index_select(0, torch.from_numpy(padded).to(self._held.rounded.device))
-
-
-def _round_up(number: int) -> int:
-    """To a multiple of a number of 16 and more: by an eighth to a quarter, of larger ones."""
-    step = max(16, 1 << max(0, (number - 1).bit_length() - 3))
-    return -(-number // step) * step
