@@ -12,6 +12,10 @@ from clipindex.threads import map_in_order, num_cores
 from clipindex.types import IntArray
 
 
+BLOCK = 2048
+"""Rows rounded at once, for which memory is used again."""
+
+
 class Task(NamedTuple):
     """Rows to compare."""
 
@@ -95,7 +99,10 @@ def _read(rows: Rows, ids: IntArray, arithmetic: Arithmetic) -> Held:
 
     def hold(item: tuple[slice, np.ndarray[Any, Any]]) -> None:
         at, vectors = item
-        stored[at], rounded[at] = vectors, arithmetic.rounded(unit(vectors))
+        stored[at] = vectors
+        for first in range(at.start, at.stop, BLOCK):
+            some = slice(first, min(first + BLOCK, at.stop))
+            rounded[some] = arithmetic.rounded(unit(stored[some]))
 
     for _ in map_in_order(hold, rows.stored(ids), num_cores()):
         pass

@@ -135,12 +135,13 @@ def count_pairs(
 
     def count(item: tuple[IntArray, EmbeddingBatch]) -> tuple[int, torch.Tensor]:
         ids, batch = item
-        vectors = checked_unit(batch)
-        best = (rounded @ arithmetic.rounded(vectors).T).amax(dim=0)
         counts = torch.zeros(len(rounded) * len(levels), dtype=torch.int64)
-        for near in torch.split((best >= possible).nonzero()[:, 0].cpu(), max(1, SCORES_AT_ONCE // len(rounded))):
+        size = max(1, SCORES_AT_ONCE // len(rounded))
+        for some in (slice(first, first + size) for first in range(0, len(ids), size)):
+            vectors = checked_unit(batch, some)
+            near = ((rounded @ arithmetic.rounded(vectors).T).amax(dim=0) >= possible).nonzero()[:, 0].cpu()
             one, other = (sample.vectors @ vectors[near].T >= threshold - SAME).nonzero(as_tuple=True)
-            home = torch.from_numpy(lists.home[ids][near.numpy()].astype(np.int64))
+            home = torch.from_numpy(lists.home[ids[some]][near.numpy()].astype(np.int64))
             lack = lacks(lists, vectors[near], home, arithmetic)
             least = torch.minimum(sample.lack[one, home[other]], lack[other, sample.home[one]])
             counts += torch.bincount(one * len(levels) + torch.bucketize(least, levels), minlength=len(counts))

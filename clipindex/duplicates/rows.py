@@ -63,14 +63,13 @@ def unit(vectors: np.ndarray[Any, Any]) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.from_numpy(vectors).float(), dim=1)
 
 
-def checked_unit(batch: EmbeddingBatch) -> torch.Tensor:
-    """Its vectors as `unit` gives them.
+def checked_unit(batch: EmbeddingBatch, some: slice) -> torch.Tensor:
+    """Some of its vectors as `unit` gives them.
 
     Raises:
         StoreError: One is damaged: it is longer than a unit vector, or has what is no number.
     """
-    vectors = torch.from_numpy(batch.embedding).float()
+    vectors = torch.from_numpy(batch.embedding[some]).float()
     norms = vectors.norm(dim=1, keepdim=True)
     check_cosines(batch, norms.numpy())
-    unit_vectors: torch.Tensor = vectors / norms.clamp_min(1e-12)
-    return unit_vectors
+    return vectors.div_(norms.clamp_min_(1e-12))
