@@ -121,6 +121,14 @@ def test_a_lower_target_looks_at_less_and_finds_as_much_as_it_says(made, tmp_pat
         assert summary.lists < most.lists
 
 
+def test_a_search_that_loses_pairs_is_no_result(made, tmp_path, monkeypatch):
+    build_index(made, kind="ivf", target_recall=0.9, rebuild=True, **HERE)
+    monkeypatch.setattr(duplicates.pairs._Looker, "_look", lambda *_: None)
+    with pytest.raises(AssertionError, match="were not joined"):
+        find_duplicates(made, threshold=THRESHOLD, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_vectors_whose_hashes_meet_are_no_copies(made, tmp_path, monkeypatch):
     monkeypatch.setattr(duplicates.copies, "_hashes", lambda vectors: np.zeros(len(vectors), np.uint64))
     build_index(made, kind="flat", rebuild=True, **HERE)

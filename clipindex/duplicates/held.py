@@ -11,7 +11,6 @@ from clipindex.nearest import Arithmetic
 from clipindex.threads import map_in_order, num_cores
 from clipindex.types import IntArray
 
-
 BLOCK = 2048
 """Rows rounded at once, for which memory is used again."""
 

@@ -114,6 +114,10 @@ def find_duplicates(
         )  # fmt: skip
         memory = default_memory_bytes() // 4
         names = join_rows(rows, search, first, threshold, arithmetic, memory, on_progress)
+    # What the sample says will be found has to be: a share that was only expected would certify nothing. A score that
+    # is rounded the other way, since it was summed in another order, may cost a pair in a hundred thousand.
+    joined = names[search.expected[:, 0]] == names[search.expected[:, 1]]
+    assert joined.sum() >= target_recall * len(joined), "pairs that the lists lead to were not joined"
     members, groups = _groups(names)
     on_progress("write", 0, 0)
     table = _table(rows, members, groups)
