@@ -190,6 +190,21 @@ def test_copies_are_found_at_any_threshold(tmp_path, threshold):
     assert (summary.groups, summary.duplicates) == (500, 500)
 
 
+def test_float32_embeddings_are_compared_as_they_are(tmp_path):
+    """Halves of a pair that float16 would make one lie on either side of the threshold."""
+    base = clustered(40, spread=1.0).astype(np.float64)
+    aside = np.random.default_rng(0).normal(size=base.shape)
+    aside -= (aside * base).sum(axis=1, keepdims=True) * base
+    aside /= np.linalg.norm(aside, axis=1, keepdims=True)
+    cosines = np.where(np.arange(40) % 2, 0.99 + 4e-6, 0.99 - 4e-6)[:, None]
+    near = cosines * base + np.sqrt(1 - cosines**2) * aside
+    write_shard(tmp_path, "s", np.concatenate([base, near]).astype(np.float32), dtype="float32")
+    build_index(tmp_path, **HERE)
+    find_duplicates(tmp_path, threshold=0.99)
+    expected = {frozenset({("s", at), ("s", at + 40)}) for at in range(1, 40, 2)}
+    assert groups_of(tmp_path / "duplicates") == expected
+
+
 def test_a_shard_that_is_replaced_meanwhile_ends_it(tmp_path, monkeypatch):
     for name in ("a", "b"):
         write_shard(tmp_path, name, clustered(100))

@@ -76,7 +76,8 @@ def find_duplicates(
     (single linkage): a group may hold rows that are less alike than that, by a chain of others. The largest image of a
     group is the one to keep, and of those the first.
 
-    The rows of an index without lists (flat, hnsw) are all compared with one another.
+    The rows of an index without lists (flat, hnsw) are all compared with one another. On a CPU the process's memory
+    allocator is tuned; see `allocator`.
 
     Args:
         folder: The embedding directory, with an index that knows all of its rows.
@@ -99,8 +100,9 @@ def find_duplicates(
     folder = Path(folder)
     target = Path(out) if out is not None else folder / "duplicates"
     started = time.perf_counter()
-    keep_freed_memory()
     chosen = choose_device(device)
+    if chosen.type == "cpu":
+        keep_freed_memory()
     arithmetic = Arithmetic(chosen, PRECISIONS[choose_precision(precision, chosen)])
     opened = _up_to_date(folder)
     rows = Rows(folder, opened, [shard.name for shard in opened.shards], VectorReader(folder))

@@ -20,8 +20,8 @@ from clipindex.nearest import Arithmetic, nonzero
 from clipindex.threads import map_in_order, num_cores
 from clipindex.types import IntArray
 
-NEAR = 128
-"""Lists that a row may reach; a tenth of that is hardly ever needed."""
+NEAR = 256
+"""Lists that a row may reach, itself among them. Of the pairs of 200,000 CLIP-like rows 128 find 0.992, 512 0.994."""
 PIECE = 4096
 """Rows that are multiplied at once."""
 SCORES_AT_ONCE = 1 << 22

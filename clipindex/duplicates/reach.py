@@ -2,7 +2,7 @@
 
 Take unit vectors x and y with a cosine of t or more, so that |x - y| <= sqrt(2 - 2 t), and the centroids a and b of
 their homes. What b lacks for x, x (a - b), and what a lacks for y, y (b - a), are (x - y) (a - b) together: one of them
-is sqrt(2 - 2 t) |a - b| / 2 or less, which is a reach that finds all. Most are found with a small part of it, since
+is sqrt(2 - 2 t) |a - b| / 2 or less, and there is no use in reaching further. Most pairs take a small part of it, since
 x - y has no reason to point from one centroid to the other. Where nothing is enough, or it would be as cheap, all rows
 are compared with one another.
 """
@@ -149,7 +149,7 @@ def count_pairs(
         ids, batch = item
         kept = [torch.empty(0, 3, dtype=torch.int64)]
         counts = torch.zeros(len(rounded) * len(levels), dtype=torch.int64)
-        size = max(1, SCORES_AT_ONCE // len(rounded))
+        size = max(1, SCORES_AT_ONCE // max(len(rounded), len(lists.centroids)))
         for some in (slice(first, first + size) for first in range(0, len(ids), size)):
             vectors = checked_unit(batch, some)
             near = ((rounded @ arithmetic.rounded(vectors).T).amax(dim=0) >= possible).nonzero()[:, 0].cpu()
