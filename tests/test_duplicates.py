@@ -100,7 +100,13 @@ def test_memory_and_precision_change_nothing(made, tmp_path, monkeypatch, kind, 
     monkeypatch.setattr(duplicates.job, "default_memory_bytes", lambda: 500_000)
     monkeypatch.setattr(duplicates.pairs, "PIECE", 64)
     monkeypatch.setattr(duplicates.pairs, "TILE_SCORES", 64 * 128)
-    find_duplicates(made, threshold=THRESHOLD, out=tmp_path / "small", device="cpu", precision=precision)
+    told = []
+    find_duplicates(
+        made, threshold=THRESHOLD, out=tmp_path / "small", device="cpu", precision=precision,
+        on_progress=lambda *each: told.append(each),
+    )  # fmt: skip
+    compared = [(done, total) for step, done, total in told if step == "compare"]
+    assert compared[-1][0] == compared[-1][1] == max(done for done, _ in compared)  # each row once
     assert groups_of(tmp_path / "small") == groups_of(tmp_path / "large")
     assert groups_of(tmp_path / "small") == truth(made)[0] or kind == "ivf"
     assert len(reads) > 5 and max(reads) <= 500_000 / 4 / INFO.dim / (2 + 2)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from clipindex.nearest import Arithmetic, limits
+from clipindex.nearest import Arithmetic, full_sums, limits, nonzero
 
 CPU = torch.device("cpu")
 THRESHOLDS = [0.3, 0.9, 0.95, 0.99, 0.9999]
@@ -48,3 +48,25 @@ def test_the_error_is_reached_by_the_worst_vectors():
 def test_the_error_grows_with_what_is_rounded_away():
     fp32, fp16, bf16 = (Arithmetic(CPU, dtype).error(512) for dtype in (torch.float32, torch.float16, torch.bfloat16))
     assert 0 < fp32 < fp16 < bf16
+
+
+def test_a_cuda_device_sums_in_float32_meanwhile_and_then_as_before():
+    """Settings, which are there without such a device as well."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = True
+    try:
+        with pytest.raises(ZeroDivisionError), full_sums(torch.device("cuda")):
+            assert not matmul.allow_bf16_reduced_precision_reduction and not matmul.allow_tf32
+            raise ZeroDivisionError
+        assert matmul.allow_bf16_reduced_precision_reduction
+        with full_sums(CPU):
+            assert matmul.allow_bf16_reduced_precision_reduction
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
+
+
+def test_places_of_what_is_true():
+    mask = torch.tensor([[False, True, False], [False, False, False], [True, False, True]])
+    assert nonzero(mask).tolist() == mask.nonzero().tolist()
+    assert nonzero(mask[:, :0]).shape == (0, 2)
