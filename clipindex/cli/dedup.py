@@ -1,7 +1,7 @@
 """`clipindex dedup`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -28,10 +28,20 @@ if TYPE_CHECKING:
     help="Share of such pairs to find.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Where groups.parquet goes.  [default: DIR/duplicates]")
+@click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda or cuda:N; auto is CUDA where there is one."
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "bf16", "fp16", "fp32"]),
+    default="auto",
+    show_default=True,
+    help="Of products; what they leave open is computed again in float32.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
               help="Of the sample that is compared with exact search.")  # fmt: skip
 @json_option
-def dedup(folder: Path, threshold: float, target_recall: float, out: Path | None, seed: int, as_json: bool) -> int:
+def dedup(folder: Path, as_json: bool, **options: Any) -> int:  # noqa: ANN401
     """Group the rows of an embedding directory that are nearly the same, and say which of each group to keep.
 
     DIR needs an index that knows all of its rows; see clipindex index. Rows are joined where their cosine reaches the
@@ -43,9 +53,7 @@ def dedup(folder: Path, threshold: float, target_recall: float, out: Path | None
         report(0, 0, "")
         from clipindex import duplicates
 
-        summary = duplicates.find_duplicates(
-            folder, threshold=threshold, target_recall=target_recall, out=out, seed=seed, on_progress=by_steps(report)
-        )
+        summary = duplicates.find_duplicates(folder, on_progress=by_steps(report), **options)
     print_result(summary, as_json, _dedup_lines)
     return 0
 

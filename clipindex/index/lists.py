@@ -54,12 +54,21 @@ def map_lists(lists: faiss.OnDiskInvertedLists, path: Path, num_threads: int) ->
         lists.do_mmap()
 
 
+def ids_in(source: faiss.InvertedLists, number: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Ids [n] of one list: a view, valid while the source lives."""
+    size = source.list_size(number)
+    ids: np.ndarray[Any, np.dtype[np.int64]] = (
+        faiss.rev_swig_ptr(source.get_ids(number), size) if size else np.empty(0, np.int64)
+    )
+    return ids
+
+
 def _entries(
     source: faiss.InvertedLists, number: int
 ) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], np.ndarray[Any, np.dtype[np.int64]]]:
     """Codes [n, B] and ids [n] of one list: views, valid while the source lives."""
     size = source.list_size(number)
     if not size:
-        return np.empty((0, source.code_size), np.uint8), np.empty(0, np.int64)
+        return np.empty((0, source.code_size), np.uint8), ids_in(source, number)
     codes = faiss.rev_swig_ptr(source.get_codes(number), size * source.code_size)
-    return codes.reshape(size, source.code_size), faiss.rev_swig_ptr(source.get_ids(number), size)
+    return codes.reshape(size, source.code_size), ids_in(source, number)

@@ -6,6 +6,7 @@ import faiss
 import numpy as np
 
 from clipindex.index.build import ivf_of
+from clipindex.index.lists import ids_in
 from clipindex.types import Float32Array, IntArray
 
 
@@ -27,18 +28,22 @@ def find(
     return ids, scores
 
 
-def find_within(
-    index: faiss.Index,
-    queries: Float32Array,
-    least: float,
-    probes: int,
-    allowed: np.ndarray[Any, np.dtype[np.bool_]] | None,
-) -> tuple[IntArray, IntArray, Float32Array]:
-    """Query number, id and score of each vector whose score, by the index, is above `least`; see `find`."""
-    limits, scores, ids = index.range_search(
-        np.ascontiguousarray(queries, np.float32), least, params=_parameters(index, probes, 0, allowed)
-    )
-    return np.repeat(np.arange(len(queries)), np.diff(limits.astype(np.int64))), ids, scores
+def lists_of(index: faiss.Index, num_ids: int) -> tuple[Float32Array, np.ndarray[Any, np.dtype[np.int32]]]:
+    """Centroids [L, D] of an index's lists, and the list [num_ids] of each id, -1 of those that it does not hold.
+
+    All are in one list about the origin where an index has none.
+    """
+    ivf = ivf_of(index)
+    if ivf is None:
+        return np.zeros((1, index.d), np.float32), np.zeros(num_ids, np.int32)
+    centroids: Float32Array = faiss.downcast_index(ivf.quantizer).reconstruct_n(0, ivf.nlist)
+    if isinstance(index, faiss.IndexPreTransform):
+        centroids = index.chain.at(0).reverse_transform(centroids)
+    home = np.full(num_ids, -1, np.int32)
+    for number in range(ivf.nlist):
+        ids = ids_in(ivf.invlists, number)
+        home[ids[(ids >= 0) & (ids < num_ids)]] = number
+    return centroids, home
 
 
 def _parameters(

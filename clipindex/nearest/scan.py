@@ -14,8 +14,6 @@ from clipindex.types import Float32Array, IntArray
 
 QUERIES_AT_ONCE = 256
 """Their scores with a row group are 16 MiB."""
-SAME = 1e-6
-"""Cosines this near are one: sums in float32, in another order."""
 
 
 def scan(
@@ -51,36 +49,6 @@ def scan(
             total += len(batch.embedding)
             on_progress(total)
     return _placed(cosines.numpy(), places.numpy(), starts)
-
-
-def count_within(
-    folder: Path,
-    queries: Float32Array,
-    least: float,
-    names: Sequence[str],
-    on_progress: Callable[[int], None] = lambda num_rows: None,
-) -> IntArray:
-    """How many rows [Q] of some shards have at least this cosine to each query [Q, D], by looking at every row.
-
-    As of `unit_cosines`.
-    """
-    asked = torch.nn.functional.normalize(torch.from_numpy(queries), dim=1)
-    counts = np.zeros(len(queries), np.int64)
-    total = 0
-
-    def count(batch: EmbeddingBatch) -> tuple[int, IntArray]:
-        vectors = torch.from_numpy(batch.embedding).float()
-        scores = asked @ vectors.T
-        check_cosines(batch, scores.amax(dim=1).numpy())
-        scores /= vectors.norm(dim=1)
-        return len(batch.embedding), (scores >= least - SAME).sum(dim=1).numpy()
-
-    with contextlib.closing(map_in_order(count, read_embeddings(folder, names=names), num_cores())) as batches:
-        for size, found in batches:
-            counts += found
-            total += size
-            on_progress(total)
-    return counts
 
 
 def _better(
