@@ -16,7 +16,7 @@ from clipindex.duplicates.lists import read_lists
 from clipindex.duplicates.reach import find_reach
 from clipindex.duplicates.rows import AGAIN, OnProgress, Rows
 from clipindex.errors import IndexingError, UsageError
-from clipindex.index.files import OpenIndex, open_index
+from clipindex.index.files import REBUILD, OpenIndex, open_index
 from clipindex.index.plan import default_memory_bytes
 from clipindex.nearest import Arithmetic, check_model, compare_shards, full_sums, locate
 from clipindex.store import AtomicParquet, VectorReader, read_dataset, read_rows, shard_states
@@ -119,7 +119,8 @@ def find_duplicates(
     # What the sample says will be found has to be: a share that was only expected would certify nothing. A score that
     # is rounded the other way, since it was summed in another order, may cost a pair in a hundred thousand.
     joined = names[search.expected[:, 0]] == names[search.expected[:, 1]]
-    assert joined.sum() >= target_recall * len(joined), "pairs that the lists lead to were not joined"
+    if joined.sum() < target_recall * len(joined):
+        raise IndexingError(f"{folder}: pairs that the index leads to were not joined; {REBUILD}")
     members, groups = _groups(names)
     on_progress("write", 0, 0)
     table = _table(rows, members, groups)
