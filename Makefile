@@ -19,7 +19,7 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev
-	for each in read decode search vocabulary probe precision bench scaling hostile chaos against_naive; do $(BIN)/python benchmarks/$$each.py || exit 1; done
+	for each in read decode search vocabulary probe precision bench scaling hostile chaos feed duplicates against_naive; do $(BIN)/python benchmarks/$$each.py || exit 1; done
 
 $(VENV)/.user: pyproject.toml constraints.txt
 	@echo "setting up $(VENV): about two minutes, once"
