@@ -90,12 +90,15 @@ class ImageTower:
             try:
                 return self._begin(images)
             except torch.OutOfMemoryError as error:
-                self._halve(len(images), error)
+                failed = error.with_traceback(None)  # whose frames hold what was computed by then
+            self._halve(len(images), failed)
 
     def _begin(self, images: UInt8Array) -> Callable[[], Encoding]:
-        pixels = self._copied(images)
+        size = min(self._fitting, len(images))
+        pixels = self._copied(images[:size])
         stop = stopwatch(self._device)
-        parts = [self._embed(part) for part in torch.split(pixels, min(self._fitting, len(images)))]
+        parts = [self._embed(pixels)]
+        parts += [self._embed(self._copied(images[at : at + size])) for at in range(size, len(images), size)]
         columns = [torch.cat(column).to("cpu", non_blocking=True) for column in zip(*parts, strict=True)]
         seconds = stop()
 

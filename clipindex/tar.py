@@ -188,7 +188,8 @@ def _size(header: bytes, at: int) -> int:
     """
     field = header[148:156]
     stored = _octal(field, at)
-    if (adler32(header) - adler32(field) + 8 * 32 - stored) & 0xFFFF and stored not in _sums(header):
+    differs = (adler32(header) - adler32(field) + 8 * 32 - stored) & 0xFFFF
+    if (differs or stored > 0xFFFF) and stored not in _sums(header):
         raise ShardError(f"damaged: header checksum at offset {at} does not hold")
     size = header[124:136]
     if size[0] & 0x80:  # GNU base-256, for members from 8 GiB on

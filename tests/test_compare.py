@@ -220,6 +220,7 @@ def test_what_contradicts_itself_is_said(pair, tmp_path):
         (both, {"tests": [pair / "good_test", pair / "worse_test"], "held_out": 0.2}, "not both"),
         (both, {"tests": [both[1], pair / "good_test"]}, "worse is learned from, so testing on it says nothing"),
         (both, {"pre_projection": True}, "no directory holds features before a projection"),
+        (both, {"projected": True}, "--projected goes with --pre-projection"),
         (both, {"held_out": 1.0}, "above 0 and below 1"),
         (both, {"c": -1.0}, "positive"),
         (both, {"features": "x"}, "raw or normalized"),

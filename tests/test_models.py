@@ -222,7 +222,8 @@ def hub(monkeypatch, folder, reachable=True):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"name": "hf-hub:org/repo"}, "hf-hub:org/repo: cannot reach the Hugging Face Hub"),
+        ({"name": "hf-hub:org/repo"}, "hf-hub:org/repo: cannot reach the Hugging Face Hub .*refused"),
+        ({"name": "hf-hub:org/repo/more"}, "hf-hub:org/repo/more: cannot fetch .*check the repository's name"),
         (
             {"name": "Tiny", "pretrained": "openai"},
             "openai are not cached, and .* does not answer for org/tiny/ .*refused",

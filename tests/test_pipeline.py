@@ -175,10 +175,9 @@ def test_progress_counts_up_to_the_whole(tmp_path, corpus):
 class Deferred(PixelEncoder):
     """Looks at the pixels when it is waited for, and at no time before: the last moment at which a device may."""
 
-    device = "cuda:0"
-
-    def __init__(self):
+    def __init__(self, device):
         super().__init__()
+        self.device = device
         self.begun, self.ahead = 0, []
 
     def begin(self, images):
@@ -192,11 +191,12 @@ class Deferred(PixelEncoder):
         return finish
 
 
-def test_the_device_has_its_next_batch_before_the_last_one_is_waited_for(tmp_path, corpus):
-    encoder = Deferred()
+@pytest.mark.parametrize(("device", "ahead"), [("cuda:0", 1), ("cpu", 0)])
+def test_a_device_of_its_own_has_its_next_batch_before_the_last_one_is_waited_for(tmp_path, corpus, device, ahead):
+    encoder = Deferred(device)
     run(corpus, tmp_path / "deferred", encoder, batch_size=2)
     assert encoder.begun > 10
-    assert encoder.ahead == [1] * (encoder.begun - 1) + [0]
+    assert encoder.ahead == [ahead] * (encoder.begun - 1) + [0]
     run(corpus, tmp_path / "at-once", batch_size=2)
     for later, sooner in zip(
         read_embeddings(tmp_path / "deferred"), read_embeddings(tmp_path / "at-once"), strict=True

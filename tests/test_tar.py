@@ -116,6 +116,24 @@ def test_damage_is_named_with_its_offset(tmp_path):
         members_of(b"<html>" + bytes(2000))
 
 
+def test_a_checksum_is_compared_to_its_highest_digit(tmp_path):
+    data = bytearray(write_tar(tmp_path / "t.tar", [("a.jpg", b"x")]).read_bytes())
+    data[148:149] = b"2"  # 65536 more
+    with pytest.raises(ShardError, match="checksum at offset 0"):
+        members_of(bytes(data))
+
+
+def test_headers_of_high_bytes_have_large_sums(tmp_path):
+    name = "\N{CYRILLIC SMALL LETTER YA}" * 49
+    data = bytearray(write_tar(tmp_path / "t.tar", [("a.jpg", b"x")], tarfile.GNU_FORMAT).read_bytes())
+    data[0:98] = name.encode()
+    data[157:257] = b"\xff" * 100  # a link's target
+    data[345:500] = b"\xff" * 155  # the prefix, which GNU's format does not know
+    data = with_field(bytes(data), 0, name.encode())
+    assert sum(data[:148]) + sum(data[156:512]) + 256 > 65521
+    assert files_of(data)[0][:1] == (name,)
+
+
 def with_field(data: bytes, start: int, value: bytes) -> bytes:
     """A tar whose first header has another field, and a checksum that holds."""
     changed = bytearray(data)

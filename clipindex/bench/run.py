@@ -140,6 +140,8 @@ def bench(
                 on_step(f"{spec.name}, {name}: tars to Parquet")
                 rates = decode_per_s, fastest.images_per_s
                 passes = max(1, math.ceil(seconds * min(max(decode_per_s.values()), fastest.images_per_s) / number))
+                for left in ("again", "out"):  # of a benchmark that was stopped in a folder that is kept
+                    shutil.rmtree(folder / left, ignore_errors=True)
                 tars = repeated(small, folder / "again", passes)
                 note(measure_end_to_end(tars, folder / "out", spec, name, chosen, size, *rates, passes=passes))
                 shutil.rmtree(folder / "out")

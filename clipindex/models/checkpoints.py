@@ -14,7 +14,7 @@ import safetensors
 import safetensors.torch
 import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from clipindex.errors import ModelError
 
@@ -27,7 +27,6 @@ Tensors = dict[str, torch.Tensor]
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 _HUB_PREFIX = "hf-hub:"
-_HUB_TIMEOUT_S = 5
 _TORCHSCRIPT_LEFTOVERS = {"input_resolution", "context_length", "vocab_size"}
 _WRAPPERS = ("module.", "_orig_mod.")
 
@@ -83,12 +82,13 @@ class HubRepo:
             ModelError: the Hub cannot be reached and the file is not cached (a missing optional file would
                 otherwise silently change the preprocessing), or the repository is absent, private or gated.
         """
+        obstacle = hub_obstacle(self.repo, [name])
         unreachable = ModelError(
-            f"{self.origin}: cannot reach the Hugging Face Hub for {name}; check the network, or "
-            "download the repository elsewhere and give local-dir:PATH, or set HF_HUB_OFFLINE=1 to use "
-            "only what is cached"
+            f"{self.origin}: cannot reach the Hugging Face Hub for {name}{f' ({obstacle})' if obstacle else ''}; check the"
+            " network, or download the repository elsewhere and give local-dir:PATH, or set HF_HUB_OFFLINE=1 to use only"
+            " what is cached"
         )
-        if hub_obstacle(self.repo, [name]):
+        if obstacle:
             raise unreachable
         try:
             return Path(huggingface_hub.hf_hub_download(self.repo, name))
@@ -119,7 +119,10 @@ def hub_obstacle(repo: str, names: Sequence[str]) -> str | None:
     repo, _, revision = repo.partition("@")
     version = revision or None
     known = {*names, *(str(Path(name).with_suffix(".safetensors")) for name in names)}
-    cached = (huggingface_hub.try_to_load_from_cache(repo, name, revision=version) for name in known)
+    try:
+        cached = [huggingface_hub.try_to_load_from_cache(repo, name, revision=version) for name in known]
+    except HFValidationError:  # a name that no repository has: its client says so
+        return None
     if constants.HF_HUB_OFFLINE or any(isinstance(path, str) for path in cached):
         return None
     said = ""
@@ -127,7 +130,7 @@ def hub_obstacle(repo: str, names: Sequence[str]) -> str | None:
         time.sleep(wait_s)
         try:
             url = huggingface_hub.hf_hub_url(repo, names[0], revision=version)
-            huggingface_hub.get_hf_file_metadata(url, timeout=_HUB_TIMEOUT_S)
+            huggingface_hub.get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         except HfHubHTTPError:  # an answer, which its client understands
             return None
         except Exception as error:  # of its HTTP library, which has been another one before

@@ -15,7 +15,6 @@ EVENTS_PER_SLOT = 4
 BATCH_BYTES = 128 << 20
 """And when its encoded images and texts have this size, of which 512 ordinary images have a quarter."""
 
-
 _LABEL_BYTES = 36
 """Of an integer and its place in a tuple."""
 

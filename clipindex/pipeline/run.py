@@ -185,7 +185,8 @@ def _embed_on(
         # In flight at once: those ahead, one being laid or waiting for the queue, two in the encoder.
         buffers = [encoder.new_batch(batch_size) for _ in range(BATCHES_AHEAD + 3)]
         batches = clock.timed("read", laid(stages[0], buffers, pool))
-        encoded = prefetch(_encode(prefetch(batches, BATCHES_AHEAD), stages[1], clock), 1)
+        ahead = 0 if encoder.device == "cpu" else 1
+        encoded = prefetch(_encode(prefetch(batches, BATCHES_AHEAD), stages[1], ahead, clock), 1)
         try:
             yield from home.receive(encoded, clock)
         finally:
@@ -216,16 +217,18 @@ def _taking_turns(decode: Decode, begin: Begin) -> tuple[Decode, Begin]:
     return decode_in_turn, begin_in_turn
 
 
-def _encode(batches: Generator[Batch, None, None], begin: Begin, clock: StageClock) -> Iterator[EncodedBatch]:
-    """Send each batch home when the next one has been begun, so that the device never waits for this thread."""
-    begun: Callable[[], EncodedBatch] | None = None
+def _encode(
+    batches: Generator[Batch, None, None], begin: Begin, ahead: int, clock: StageClock
+) -> Iterator[EncodedBatch]:
+    """Send each batch home when so many more have been begun, so that the device never waits for this thread."""
+    begun: deque[Callable[[], EncodedBatch]] = deque()
     with contextlib.closing(decoded(batches, clock)) as ready:
         for batch, outcomes in ready:
-            before, begun = begun, _begun(batch, outcomes, begin, clock)
-            if before is not None:
-                yield before()
-    if begun is not None:
-        yield begun()
+            begun.append(_begun(batch, outcomes, begin, clock))
+            if len(begun) > ahead:
+                yield begun.popleft()()
+    while begun:
+        yield begun.popleft()()
 
 
 def _begun(batch: Batch, outcomes: list[Outcome], begin: Begin, clock: StageClock) -> Callable[[], EncodedBatch]:

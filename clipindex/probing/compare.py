@@ -63,6 +63,8 @@ def compare_encoders(
 ) -> Comparison:
     """Measure embedding directories of the same images, as zero-shot classifiers and by linear probes.
 
+    The process's memory allocator is tuned; see `allocator.share_one_arena`.
+
     Args:
         folders: Two or more directories, of any models, or one with `projected`. Rows that not all have are left out,
             and said.

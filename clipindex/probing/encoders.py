@@ -61,6 +61,8 @@ def choose_encoders(
     Raises:
         UsageError: That is less than two, or features before the projection are asked for, and no directory has any.
     """
+    if projected and not pre_projection:
+        raise UsageError("--projected goes with --pre-projection: without that, projected features are all there is")
     if pre_projection and not any(dataset.before_projection() for dataset in datasets):
         raise UsageError(
             "no directory holds features before a projection; embed with --features both, or leave --pre-projection out"

@@ -67,6 +67,8 @@ def train_probe(
 ) -> TrainSummary:
     """Train a linear classifier on a directory's embeddings and labels, and measure it on held-out rows.
 
+    The process's memory allocator is tuned; see `allocator.share_one_arena`.
+
     Args:
         folder: The embedding directory.
         label: The column of labels; 'labels', of rows with any number of classes, asks for one-vs-rest.
