@@ -83,10 +83,10 @@ class HubRepo:
                 otherwise silently change the preprocessing), or the repository is absent, private or gated.
         """
         obstacle = hub_obstacle(self.repo, [name])
+        why = f" ({obstacle})" if obstacle else ""
         unreachable = ModelError(
-            f"{self.origin}: cannot reach the Hugging Face Hub for {name}{f' ({obstacle})' if obstacle else ''}; check the"
-            " network, or download the repository elsewhere and give local-dir:PATH, or set HF_HUB_OFFLINE=1 to use only"
-            " what is cached"
+            f"{self.origin}: cannot reach the Hugging Face Hub for {name}{why}; check the network, or download the"
+            " repository elsewhere and give local-dir:PATH, or set HF_HUB_OFFLINE=1 to use only what is cached"
         )
         if obstacle:
             raise unreachable

@@ -85,8 +85,8 @@ def few_shot_curve(
 ) -> FewShotCurve:
     """Train probes on few rows of each class, and measure all of them in one pass over the test rows.
 
-    The rows of a seed's smaller numbers are among those of its larger ones. The process's memory allocator is tuned; see
-    `allocator.share_one_arena`.
+    The rows of a seed's smaller numbers are among those of its larger ones. The process's memory allocator is tuned;
+    see `allocator.share_one_arena`.
 
     Args:
         folder: The embedding directory.
