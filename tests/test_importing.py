@@ -460,17 +460,17 @@ def test_files_that_were_moved_are_known_again_by_their_rows(tmp_path):
 def with_rejects(vectors, rows):
     """Rejects of every kind, first and last of the file, and of a block."""
     spoilt = vectors.copy()
-    spoilt[[0, 4095, 4999]] = 0
+    spoilt[[*range(100), 4095, 4999]] = 0
     spoilt[1] = np.nan
     keys = rows["image_path"].tolist()
-    keys[4096], keys[7] = keys[3], ""
-    return spoilt, rows.assign(image_path=keys, label=[0.5 if at == 9 else 1 for at in range(len(keys))])
+    keys[4096], keys[107] = keys[103], ""
+    return spoilt, rows.assign(image_path=keys, label=[0.5 if at == 100 else 1 for at in range(len(keys))])
 
 
 def test_files_with_rejects_that_were_moved_are_known_again(tmp_path):
     put(tmp_path / "c", 0, *with_rejects(unit(5000), frame(5000)))
     first = take(tmp_path / "c", tmp_path / "out")
-    assert (first.rows, first.rejects_by_stage) == (4993, {"encode": 4, "label": 1, "tar": 2})
+    assert (first.rows, first.rejects_by_stage) == (4895, {"encode": 102, "label": 1, "tar": 2})
     export_embeddings(tmp_path / "out", tmp_path / "x", format="npy")
     (tmp_path / "c").rename(tmp_path / "moved")
     (shard,) = published_shards(tmp_path / "out")
@@ -491,6 +491,7 @@ OTHERS = {
     "another order": lambda vectors, rows: (vectors[::-1], rows[::-1]),
     "fewer rows": lambda vectors, rows: (vectors[:4999], rows[:4999]),
     "more rows": lambda vectors, rows: (np.concatenate([vectors, unit(1, 1)]), frame(5001)),
+    "rejects only": lambda vectors, rows: (vectors * 0, rows),
     "one more reject": lambda vectors, rows: (vectors * (np.arange(5000) != 4998)[:, None], rows),
 }
 

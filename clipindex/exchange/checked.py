@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipindex.errors import ShardError
-from clipindex.exchange.rows import RowFile, Rows, open_rows
+from clipindex.exchange.rows import AT_ONCE, RowFile, Rows, open_rows
 from clipindex.exchange.sources import Pair
 from clipindex.exchange.vectors import UnitVectors, open_vectors, to_unit
 from clipindex.shards import LONG_KEY_CHARACTERS
@@ -37,14 +37,19 @@ class CheckedFile(NamedTuple):
     blocks: Iterator[CheckedBlock]
 
 
-def open_checked(pair: Pair, dim: int) -> CheckedFile:
+def open_checked(pair: Pair, dim: int, at_once: int = AT_ONCE) -> CheckedFile:
     """Open a file of vectors [N, dim] and the file of its rows.
+
+    Args:
+        pair: The two.
+        dim: Of the model.
+        at_once: Most rows of a block.
 
     Raises:
         ShardError: One of them cannot be read, or they do not belong together; also raised by the blocks.
     """
     vectors = open_vectors(Path(pair.shard.url), dim)
-    rows = open_rows(pair.rows)
+    rows = open_rows(pair.rows, at_once)
     if rows.num_rows != len(vectors):
         raise ShardError(
             f"{pair.shard.url} has {len(vectors):,} vectors, but {pair.rows} {rows.num_rows:,} rows;"

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -195,7 +195,7 @@ def _load_info(source: str | Path, spec: ModelSpec) -> ModelInfo:
     path = Path(local_path(str(source)))
     folder = path if path.is_dir() else path.parent.parent
     # A lone file is of an export where it lies as an export has it; elsewhere the note is of something else.
-    note = read_note(folder) if folder == path or path.parent.name == VECTORS else None
+    note: Any = read_note(folder) if folder == path or path.parent.name == VECTORS else None
     is_ours = isinstance(note, dict) and "fingerprint" in note
     info = load_model(spec, pre_projection=is_ours and note.get("vectors") == "pre-projection").info
     if is_ours and note["fingerprint"] != info.fingerprint:
