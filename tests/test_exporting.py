@@ -119,6 +119,43 @@ def test_rows_that_come_home_are_there_already(made, tmp_path, source, dtype):
     assert sorted(keys) == sorted(row["key"] for row in rows_of(tmp_path / "emb")[0])
 
 
+def test_rows_of_a_tar_with_rejects_come_home(made, tmp_path):
+    members = list(labelled(["a", "b", "c"]))
+    write_tar(tmp_path / "r.tar", [("0.jpg", b"no image"), *members, ("z.jpg", b"no image")])
+    embed(str(tmp_path / "r.tar"), tmp_path / "emb", model="demo", **HERE)
+    (record,) = published_shards(tmp_path / "emb").values()
+    assert (record.rows, record.rejects) == (3, 2)
+    export_embeddings(tmp_path / "emb", tmp_path / "x", format="npy")
+    found = import_embeddings(tmp_path / "x", tmp_path / "emb", model="demo")
+    assert (found.shards_imported, list(found.shards_there.values())) == (0, [record.name])
+
+
+def test_a_directory_with_both_features_takes_nothing_back(made, tmp_path):
+    embed(str(made / "c.tar"), tmp_path / "emb", model="demo", features="both", **HERE)
+    export_embeddings(tmp_path / "emb", tmp_path / "x", format="npy")
+    before = files(tmp_path / "emb")
+    with pytest.raises(StoreError, match="holds also features before the projection; name another --out"):
+        import_embeddings(tmp_path / "x", tmp_path / "emb", model="demo")
+    assert files(tmp_path / "emb") == before
+    assert import_embeddings(tmp_path / "x", tmp_path / "other", model="demo").rows == 7
+
+
+def test_a_lone_file_is_of_no_export_that_lies_nearby(made, tmp_path, monkeypatch):
+    export_embeddings(made / "out", tmp_path / "x", format="npy")
+    note = {"fingerprint": "another", "vectors": "projected"}
+    (tmp_path / "x" / "_export.json").write_text(json.dumps(note))
+    (tmp_path / "x" / "mine").mkdir()
+    shutil.copy(tmp_path / "x" / "_export.json", tmp_path / "x" / "mine")
+    for place in ("mine", "."):
+        shutil.copy(tmp_path / "x/img_emb/img_emb_0001.npy", tmp_path / "x" / place / "x.npy")
+    ids = tmp_path / "x/metadata/metadata_0001.parquet"
+    assert import_embeddings(tmp_path / "x/mine/x.npy", tmp_path / "1", model="demo", ids=ids).rows == 7
+    assert import_embeddings(tmp_path / "x/x.npy", tmp_path / "2", model="demo", ids=ids).rows == 7
+    monkeypatch.chdir(tmp_path / "x" / "img_emb")
+    with pytest.raises(FingerprintError, match="is an export of embeddings"):
+        import_embeddings("img_emb_0001.npy", tmp_path / "3", model="demo", ids=ids)
+
+
 def test_an_export_comes_back_as_its_own_models_only(made, tmp_path):
     export_embeddings(made / "out", tmp_path / "x", format="npy")
     for source, options in (

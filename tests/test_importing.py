@@ -14,6 +14,7 @@ from command_line import run_cli, run_process
 
 from clipindex import (
     Query,
+    export_embeddings,
     import_embeddings,
     load_model,
     read_dataset,
@@ -408,6 +409,23 @@ def test_what_fails_claims_no_directory(tmp_path, how):
         take(tmp_path / "c", tmp_path / "out", dtype="float32")
 
 
+def test_a_directory_that_was_claimed_for_nothing_is_free_without_its_dataset_json(tmp_path):
+    vectors = unit(5)
+    vectors[0] = 0
+    put(tmp_path / "c", "0", vectors, frame(5))
+    out = tmp_path / "out"
+    # What a full disk does: the last file cannot be written.
+    with pytest.raises(OSError, match="rejects"):
+        take(tmp_path / "c", out, on_progress=lambda rows, share: (out / "rejects").write_text(""))
+    assert [str(one.relative_to(out)) for one in sorted(out.rglob("*"))] == ["dataset.json", "embeddings", "rejects"]
+    (out / "rejects").unlink()
+    with pytest.raises(StoreError, match="--dtype float16"):
+        take(tmp_path / "c", out, dtype="float32")
+    (out / "dataset.json").unlink()
+    assert take(tmp_path / "c", out, dtype="float32").rows == 4
+    assert verify(out).faults == []
+
+
 def test_a_directory_that_another_run_claims_meanwhile_is_not_mixed(tmp_path):
     put(tmp_path / "c", "0", unit(5), frame(5))
     put(tmp_path / "d", "0", unit(7), frame(7))
@@ -439,6 +457,32 @@ def test_files_that_were_moved_are_known_again_by_their_rows(tmp_path):
     assert re.search(said, done.stdout)
 
 
+def with_rejects(vectors, rows):
+    """Rejects of every kind, first and last of the file, and of a block."""
+    spoilt = vectors.copy()
+    spoilt[[*range(100), 4095, 4999]] = 0
+    spoilt[1] = np.nan
+    keys = rows["image_path"].tolist()
+    keys[4096], keys[107] = keys[103], ""
+    return spoilt, rows.assign(image_path=keys, label=[0.5 if at == 100 else 1 for at in range(len(keys))])
+
+
+def test_files_with_rejects_that_were_moved_are_known_again(tmp_path):
+    put(tmp_path / "c", 0, *with_rejects(unit(5000), frame(5000)))
+    first = take(tmp_path / "c", tmp_path / "out")
+    assert (first.rows, first.rejects_by_stage) == (4895, {"encode": 102, "label": 1, "tar": 2})
+    export_embeddings(tmp_path / "out", tmp_path / "x", format="npy")
+    (tmp_path / "c").rename(tmp_path / "moved")
+    (shard,) = published_shards(tmp_path / "out")
+    for source in (tmp_path / "moved", tmp_path / "x"):  # an export lacks the rejects
+        again = take(source, tmp_path / "out")
+        assert (again.shards_imported, again.rows, list(again.shards_there.values())) == (0, 0, [shard])
+    # As well where the export was first.
+    take(tmp_path / "x", tmp_path / "other")
+    assert len(take(tmp_path / "moved", tmp_path / "other").shards_there) == 1
+    assert list(published_shards(tmp_path / "out")) == [shard] and len(published_shards(tmp_path / "other")) == 1
+
+
 OTHERS = {
     "other keys": lambda vectors, rows: (vectors, rows.assign(image_path=rows["image_path"] + "x")),
     "other keys at the end": lambda vectors, rows: (vectors, rows.replace("k4999", "other")),
@@ -446,6 +490,9 @@ OTHERS = {
     "another vector at the end": lambda vectors, rows: (np.concatenate([vectors[:-1], vectors[:1]]), rows),
     "another order": lambda vectors, rows: (vectors[::-1], rows[::-1]),
     "fewer rows": lambda vectors, rows: (vectors[:4999], rows[:4999]),
+    "more rows": lambda vectors, rows: (np.concatenate([vectors, unit(1, 1)]), frame(5001)),
+    "rejects only": lambda vectors, rows: (vectors * 0, rows),
+    "one more reject": lambda vectors, rows: (vectors * (np.arange(5000) != 4998)[:, None], rows),
 }
 
 
@@ -465,6 +512,52 @@ def test_a_file_is_no_twin_of_its_own_earlier_state(tmp_path):
     os.utime(tmp_path / "c" / "img_emb" / "img_emb_0.npy", (1, 1))
     assert take(tmp_path / "c", tmp_path / "out", refresh=True).shards_imported == 1
     assert set(taken(tmp_path / "out", "caption")[2]) == {"new"}
+
+
+def test_files_of_one_source_are_not_compared_wherever_a_run_was_stopped(tmp_path):
+    def stop(rows, share):
+        if rows > 5000:
+            raise KeyboardInterrupt
+
+    for number in range(2):
+        put(tmp_path / "c", number, unit(5000), frame(5000))
+    assert take(tmp_path / "c", tmp_path / "whole").shards_imported == 2
+    with pytest.raises(KeyboardInterrupt):
+        take(tmp_path / "c", tmp_path / "out", on_progress=stop)
+    assert len(published_shards(tmp_path / "out")) == 1
+    assert take(tmp_path / "c", tmp_path / "out").shards_imported == 1
+    assert published_shards(tmp_path / "out").keys() == published_shards(tmp_path / "whole").keys()
+
+
+def replace(folder, number, seed):
+    """Other vectors and keys in the place of a file's."""
+    put(folder, number, unit(5, seed), frame(5, f"s{seed}_"))
+    os.utime(folder / "img_emb" / f"img_emb_{number}.npy", (1, 1 + seed))
+
+
+def test_a_changed_file_replaces_its_rows_though_another_shard_has_the_new_ones(tmp_path):
+    replace(tmp_path / "c", 0, seed=1)
+    replace(tmp_path / "d", 0, seed=2)
+    for source in ("c", "d"):
+        take(tmp_path / source, tmp_path / "out")
+    replace(tmp_path / "c", 0, seed=2)
+    summary = take(tmp_path / "c", tmp_path / "out", refresh=True)
+    assert (summary.shards_imported, summary.shards_there) == (1, {})
+    assert not [key for key in taken(tmp_path / "out")[0] if key.startswith("s1_")]
+
+
+def test_no_row_is_lost_or_doubled_where_files_were_numbered_anew(tmp_path):
+    for number in (0, 1):
+        replace(tmp_path / "c", number, seed=number)
+    take(tmp_path / "c", tmp_path / "out")
+    for number in (0, 1, 2):
+        replace(tmp_path / "c", number, seed=number - 1 if number else 9)
+    before = take(tmp_path / "c", tmp_path / "out")
+    # The second file's rows stay as they were, and those are the third's.
+    assert (before.shards_imported, len(before.shards_changed), len(before.shards_there)) == (0, 2, 1)
+    assert take(tmp_path / "c", tmp_path / "out", refresh=True).shards_imported == 3
+    keys = taken(tmp_path / "out")[0]
+    assert sorted(keys) == sorted(f"s{seed}_{at:04}" for seed in (9, 0, 1) for at in range(5))
 
 
 def test_text_that_is_none_is_said(tmp_path):

@@ -1,9 +1,8 @@
 """Vectors that another program made, as shards of an embedding directory."""
 
-import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,13 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from clipindex.errors import FingerprintError, ShardError, SourceError, StoreError, UsageError
+from clipindex.exchange.checked import CheckedBlock, open_checked
 from clipindex.exchange.note import NOTE, read_note
-from clipindex.exchange.rows import RowFile, Rows, open_rows
-from clipindex.exchange.sources import Pair, list_pairs
+from clipindex.exchange.sources import VECTORS, Pair, list_pairs
 from clipindex.exchange.twins import Twins
-from clipindex.exchange.vectors import UnitVectors, open_vectors, to_unit
 from clipindex.models import load_model
-from clipindex.shards import LONG_KEY_CHARACTERS
 from clipindex.store import (
     DTYPES,
     IMPORTED,
@@ -55,7 +52,7 @@ class ImportSummary:
     shards_done_elsewhere: int
     """By another run on the same directory, since this one began."""
     shards_there: dict[str, str]
-    """Files whose rows the directory had already, of another file or of a tar, and the shard that has them."""
+    """Files whose rows the directory had already, of another source or of a tar, and the shard that has them."""
     shards_failed: dict[str, str]
     """File and why; these are not published."""
     samples: int
@@ -126,8 +123,8 @@ def import_embeddings(
 
     Columns `key` (else `image_path`), `label`, `labels`, `caption`, `width`, `height` and `norm` of the rows keep their
     places; all others go into `meta`. Files that are published already are passed over, and so are those whose rows
-    (the same keys in the same order, with the same vectors) a shard of another name has. What cannot be imported leaves
-    no dataset.json.
+    (the same keys in the same order, with the same vectors; rejects apart) a shard of another source has. A directory
+    without dataset.json gets one when the first file has been read and is about to be published.
 
     Args:
         source: What clip-retrieval wrote (``img_emb/*.npy``, ``metadata/*.parquet``), or one .npy file.
@@ -161,9 +158,8 @@ def import_embeddings(
     plan = plan_shards([pair.shard for pair in pairs], published, dataset, refresh=refresh)
     started = time.perf_counter()
     todo = set(plan.todo)
-    found = _import_all(
-        [pair for pair in pairs if pair.shard in todo], folder, dataset, Twins(folder, published), on_progress
-    )
+    twins = Twins(folder, published, [*plan.done, *plan.todo])
+    found = _import_all([pair for pair in pairs if pair.shard in todo], folder, dataset, twins, on_progress)
     seconds = time.perf_counter() - started
     ours = [one for one in found.imported if one.is_ours]
     samples = sum(one.record.samples for one in ours)
@@ -197,7 +193,9 @@ def _load_info(source: str | Path, spec: ModelSpec) -> ModelInfo:
         StoreError: The note is damaged.
     """
     path = Path(local_path(str(source)))
-    note = read_note(path if path.is_dir() else path.parent.parent)  # its files lie in a folder of theirs
+    folder = path if path.is_dir() else path.parent.parent
+    # A lone file is of an export where it lies as an export has it; elsewhere the note is of something else.
+    note: Any = read_note(folder) if folder == path or path.parent.name == VECTORS else None
     is_ours = isinstance(note, dict) and "fingerprint" in note
     info = load_model(spec, pre_projection=is_ours and note.get("vectors") == "pre-projection").info
     if is_ours and note["fingerprint"] != info.fingerprint:
@@ -229,21 +227,15 @@ def _import_all(
 
 def _import_pair(pair: Pair, folder: Path, dataset: Dataset, progress: _Progress) -> _Imported:
     started = time.perf_counter()
-    vectors = open_vectors(Path(pair.shard.url), dataset.model.dim)
-    rows = open_rows(pair.rows)
-    if rows.num_rows != len(vectors):
-        raise ShardError(
-            f"{pair.shard.url} has {len(vectors):,} vectors, but {pair.rows} {rows.num_rows:,} rows;"
-            " find out which belong together"
-        )
+    file = open_checked(pair, dataset.model.dim)
     writer = ShardWriter(folder, pair.shard, dataset)
     try:
-        stages, normalised = _append_all(writer, vectors, _in_full(pair, rows), progress)
+        stages, normalised = _append_all(writer, file.blocks, progress)
         if stat_source(pair.shard.url) != (pair.shard.size, pair.shard.version):
             raise ShardError(f"{pair.shard.url} changed while it was read; run again")
-        claim_dataset(folder, dataset)  # not before there is something to publish: what fails claims nothing
+        claim_dataset(folder, dataset)  # not before there is something to publish: what does not fit claims nothing
         record, is_ours = writer.publish(
-            samples=len(vectors),
+            samples=file.num_rows,
             precision=UNKNOWN,
             decoder=IMPORTED,
             device=UNKNOWN,
@@ -255,74 +247,39 @@ def _import_pair(pair: Pair, folder: Path, dataset: Dataset, progress: _Progress
     return _Imported(record, is_ours, stages, normalised)
 
 
-def _in_full(pair: Pair, rows: RowFile) -> Iterator[Rows]:
-    """The blocks of a file, as long as they are what it said when it was opened."""
-    count = 0
-    for block in rows.blocks:
-        count += len(block.keys)
-        if count > rows.num_rows:
-            break
-        yield block
-    if count != rows.num_rows:
-        raise ShardError(f"{pair.rows} had {rows.num_rows:,} rows, and then others; run again when nobody writes it")
-
-
-def _append_all(
-    writer: ShardWriter, vectors: np.ndarray[Any, Any], blocks: Iterable[Rows], progress: _Progress
-) -> tuple[Counter[str], int]:
+def _append_all(writer: ShardWriter, blocks: Iterable[CheckedBlock], progress: _Progress) -> tuple[Counter[str], int]:
     """Write all rows of a shard; how many were rejected at which stage, and how many were not of unit length."""
-    seen: set[str] = set()
     stages: Counter[str] = Counter()
-    normalised = first = 0
+    normalised = 0
     for block in blocks:
-        found = to_unit(vectors[first : first + len(block.keys)])
-        faults = _faults(block, found, seen)
-        for at, (stage, reason) in faults.items():
+        for at, (stage, reason) in block.faults.items():
             stages[stage] += 1
-            writer.reject(
-                Reject(key=block.keys[at], member=f"row {first + at}", stage=stage, reason=reason, tar_offset=None)
-            )
-        kept = [at for at in range(len(block.keys)) if at not in faults]
-        _append(writer, block, found, kept)
-        normalised += int((~found.is_unit[kept]).sum())
-        first += len(block.keys)
-        progress.add(len(block.keys), vectors[:1].nbytes * len(block.keys))
+            member = f"row {block.first + at}"
+            writer.reject(Reject(key=block.rows.keys[at], member=member, stage=stage, reason=reason, tar_offset=None))
+        _append(writer, block)
+        normalised += int((~block.vectors.is_unit[block.kept]).sum())
+        progress.add(len(block.rows.keys), block.num_bytes)
     return stages, normalised
 
 
-def _faults(block: Rows, found: UnitVectors, seen: set[str]) -> dict[int, tuple[str, str]]:
-    """Stage and reason of the rows that cannot be taken, in order."""
-    faults: dict[int, tuple[str, str]] = {}
-    for at, key in enumerate(block.keys):
-        remembered = key if len(key) <= LONG_KEY_CHARACTERS else hashlib.sha256(key.encode()).hexdigest()
-        fault = block.faults.get(at)
-        if key and remembered in seen:
-            faults[at] = ("tar", f"key {key!r} came before in this file")
-        elif fault is not None:
-            faults[at] = fault
-        elif at in found.faults:
-            faults[at] = ("encode", found.faults[at])
-        seen.add(remembered)
-    return faults
-
-
-def _append(writer: ShardWriter, block: Rows, found: UnitVectors, kept: list[int]) -> None:
+def _append(writer: ShardWriter, block: CheckedBlock) -> None:
     """Vectors of unit length may come with the length they had; of all others it is measured."""
-    said = np.array([np.nan if norm is None else norm for norm in block.norms], np.float32)
-    is_said = found.is_unit & np.isfinite(said) & (said > 0)
+    rows, vectors, kept = block.rows, block.vectors, block.kept
+    said = np.array([np.nan if norm is None else norm for norm in rows.norms], np.float32)
+    is_said = vectors.is_unit & np.isfinite(said) & (said > 0)
     samples = [
         Sample(
-            key=block.keys[at],
+            key=rows.keys[at],
             member="",
             image=b"",
             tar_offset=None,
-            label=block.labels[at],
-            caption=block.captions[at],
-            meta=block.metas[at],
-            labels=block.label_lists[at],
+            label=rows.labels[at],
+            caption=rows.captions[at],
+            meta=rows.metas[at],
+            labels=rows.label_lists[at],
         )
         for at in kept
     ]
     if samples:
-        norms = np.where(is_said, said, found.lengths)
-        writer.append(samples, Vectors(found.unit[kept], norms[kept]), [block.sizes[at] for at in kept])
+        norms = np.where(is_said, said, vectors.lengths)
+        writer.append(samples, Vectors(vectors.unit[kept], norms[kept]), [rows.sizes[at] for at in kept])

@@ -47,20 +47,20 @@ class RowFile(NamedTuple):
 
     num_rows: int
     blocks: Iterator[Rows]
-    """Of `AT_ONCE` rows at most."""
+    """Of as many rows at most as were asked for."""
 
 
-def open_rows(path: Path) -> RowFile:
+def open_rows(path: Path, at_once: int = AT_ONCE) -> RowFile:
     """Open a file that says whose vectors they are: Parquet, a .npy of strings or numbers, or a text with an id a line.
 
     Raises:
         ShardError: It cannot be understood; also raised by its blocks.
     """
     if path.suffix == ".parquet":
-        return _open_parquet(path)
+        return _open_parquet(path, at_once)
     if path.suffix == ".npy":
-        return _open_npy(path)
-    return _open_text(path)
+        return _open_npy(path, at_once)
+    return _open_text(path, at_once)
 
 
 @contextlib.contextmanager
@@ -71,7 +71,7 @@ def _errors_of(path: Path) -> Iterator[None]:
         raise ShardError(f"{path}: cannot be read ({error}); restore it") from error
 
 
-def _open_parquet(path: Path) -> RowFile:
+def _open_parquet(path: Path, at_once: int) -> RowFile:
     with _errors_of(path):
         file = pq.ParquetFile(path, memory_map=True)
         names = file.schema_arrow.names
@@ -83,7 +83,7 @@ def _open_parquet(path: Path) -> RowFile:
 
     def blocks() -> Iterator[Rows]:
         with file, _errors_of(path):
-            for batch in file.iter_batches(AT_ONCE):
+            for batch in file.iter_batches(at_once):
                 batch.validate(full=True)
                 yield _rows(batch, key)
 
@@ -102,27 +102,27 @@ def _key_column(path: Path, names: Sequence[str], schema: pa.Schema) -> str:
     return key
 
 
-def _open_npy(path: Path) -> RowFile:
+def _open_npy(path: Path, at_once: int) -> RowFile:
     ids = open_array(path)
     if ids.ndim != 1 or ids.dtype.kind not in "USiu":
         raise ShardError(f"{path}: holds {ids.dtype} {list(ids.shape)}; ids are strings or integers [N]")
 
     def blocks() -> Iterator[Rows]:
         with _errors_of(path):
-            for first in range(0, len(ids), AT_ONCE):
-                block = ids[first : first + AT_ONCE].tolist()
+            for first in range(0, len(ids), at_once):
+                block = ids[first : first + at_once].tolist()
                 yield _only_keys([one.decode() if isinstance(one, bytes) else str(one) for one in block])
 
     return RowFile(len(ids), blocks())
 
 
-def _open_text(path: Path) -> RowFile:
+def _open_text(path: Path, at_once: int) -> RowFile:
     with _errors_of(path), open(path, encoding="utf-8-sig") as file:
         count = sum(1 for _ in file)
 
     def blocks() -> Iterator[Rows]:
         with _errors_of(path), open(path, encoding="utf-8-sig") as file:
-            while lines := list(islice(file, AT_ONCE)):
+            while lines := list(islice(file, at_once)):
                 yield _only_keys([line.removesuffix("\n") for line in lines])
 
     return RowFile(count, blocks())
