@@ -1,26 +1,25 @@
 """One tower of a model on a device: uint8 pixels or texts in, unit vectors out."""
 
-import copy
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import open_clip
 import torch
-from open_clip.transformer import QuickGELU, ResidualAttentionBlock, Transformer
+from open_clip.transformer import ResidualAttentionBlock, Transformer
 from torch import nn
 
 from clipindex.devices import PRECISIONS, stopwatch
 from clipindex.errors import ModelError, UsageError
 from clipindex.models import LoadedModel, Project, cut_projection
+from clipindex.placement import placed
 from clipindex.types import Encoding, Float32Array, UInt8Array, Vectors
 
 log = logging.getLogger(__name__)
 
 _TEXT_BATCH = 256
 _TEXT_LENGTH_STEP = 16  # tokens; few shapes, so that similar texts are computed alike
-_QUICK_GELU_SLOPE = 1.702  # QuickGELU(x) = x * sigmoid(1.702 x), Hendrycks & Gimpel 2016
 
 
 class ImageTower:
@@ -44,7 +43,7 @@ class ImageTower:
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._fitting = sys.maxsize
         """Images at once that did not exhaust the device's memory."""
-        self._tower = _placed(loaded.model.get_submodule("visual"), device, self._dtype)
+        self._tower = placed(loaded.model.get_submodule("visual"), device, self._dtype)
         self._project: Project | None = None
         if with_pre_projection or loaded.info.features == "pre-projection":
             projection = cut_projection(self._tower)
@@ -165,7 +164,7 @@ class TextTower:
         self._device = device
         self._tokenize = loaded.tokenize
         others = [module for name, module in loaded.model.named_children() if name in ("visual", "text_decoder")]
-        self._model: open_clip.CLIP = _placed(loaded.model, device, PRECISIONS[precision], without=others)
+        self._model: open_clip.CLIP = placed(loaded.model, device, PRECISIONS[precision], without=others)
         self._text: nn.Module = getattr(self._model, "text", self._model)
         self._context = _causal_context(self._text)
         if getattr(self._text, "attn_mask", None) is not None:
@@ -225,62 +224,6 @@ def _unit(pooled: torch.Tensor, dim: int) -> list[torch.Tensor]:
     return [unit, norms]
 
 
-def _placed(
-    module: nn.Module, device: torch.device, dtype: torch.dtype, without: Sequence[nn.Module] = ()
-) -> nn.Module:
-    """A copy of a module whose tensors are on a device in a precision; tensors that need no change are shared.
-
-    The tensors are put where deepcopy looks for what it has copied already, so there is never a second fp32
-    copy, and the modules in `without` are replaced by nothing in the same way.
-    """
-    left_out = {id(part) for root in without for part in root.modules()}
-    memo: dict[int, object] = {id(root): nn.Identity() for root in without}
-    scales = {} if dtype == torch.float32 else dict(_fold_quick_gelu(module, memo))
-    for part in module.modules():
-        if id(part) in left_out:
-            continue
-        kept = dtype if _takes_low_precision(part, device) else torch.float32
-        for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
-            scale = scales.get(id(tensor), 1.0)
-            memo[id(tensor)] = _converted(tensor, device, kept, scale)
-    return copy.deepcopy(module, memo)
-
-
-def _takes_low_precision(part: nn.Module, device: torch.device) -> bool:
-    """Whether a module's own tensors may be of 16 bits.
-
-    All do but those of normalisations, whose arithmetic is in fp32 in every case. BatchNorm takes 16-bit
-    pixels with fp32 statistics on every device. LayerNorm and GroupNorm do so on the CPU in one pass; CUDA
-    wants one dtype, and its kernels widen to fp32 inside, so there rounding the two vectors is all that 16
-    bits cost, where widening the input by hand would move five times the bytes.
-    """
-    if isinstance(part, nn.modules.batchnorm._BatchNorm):
-        return False
-    if isinstance(part, (nn.LayerNorm, nn.GroupNorm)):
-        return device.type == "cuda" and not type(part).__name__.endswith("Fp32")
-    return True
-
-
-def _fold_quick_gelu(module: nn.Module, memo: dict[int, object]) -> Iterator[tuple[int, float]]:
-    """Turn each QuickGELU into one fused SiLU by scaling the two layers around it, before they are rounded.
-
-    x sigmoid(a x) = silu(a x) / a, so a goes into the layer before and 1/a into the layer after. QuickGELU
-    is three passes over the widest activation: 2 % of a bf16 ViT-B/32's time on a CPU, and by the bytes they
-    move about a fifth of it on a GPU whose matrix products are faster.
-    """
-    for part in module.modules():
-        if not isinstance(part, nn.Sequential) or not isinstance(getattr(part, "gelu", None), QuickGELU):
-            continue
-        layers = [layer for layer in part if not isinstance(layer, (nn.Identity, QuickGELU))]
-        if len(layers) != 2 or not all(isinstance(layer, nn.Linear) for layer in layers):
-            continue
-        before, after = layers
-        memo[id(part.gelu)] = nn.SiLU(inplace=True)
-        yield id(before.weight), _QUICK_GELU_SLOPE
-        yield id(before.bias), _QUICK_GELU_SLOPE
-        yield id(after.weight), 1 / _QUICK_GELU_SLOPE
-
-
 def _causal_context(text: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Mask and position embeddings of a tower that pools at the highest token and looks back only, else None."""
     pooling = getattr(text, "text_pool_type", getattr(text, "pool_type", None))
@@ -301,12 +244,3 @@ def _run_sequence_first(module: nn.Module) -> None:
             part.batch_first = False
             for block in part.resblocks:
                 block.attn.batch_first = False
-
-
-def _converted(tensor: torch.Tensor, device: torch.device, dtype: torch.dtype, scale: float) -> torch.Tensor:
-    """The tensor itself where nothing changes; integers keep their dtype."""
-    kept = dtype if tensor.is_floating_point() else tensor.dtype
-    if scale == 1 and tensor.device == device and tensor.dtype == kept:
-        return tensor
-    moved = (tensor if scale == 1 else tensor * scale).to(device, kept)
-    return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved
