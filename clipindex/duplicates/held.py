@@ -14,7 +14,7 @@ from clipindex.types import IntArray
 Result = TypeVar("Result")
 
 DEVICE_SHARE = 4
-"""Into as many parts goes what memory a CUDA device has free, one of them for vectors."""
+"""Of the memory that a CUDA device has free, one part in so many is for vectors."""
 
 
 class Task(NamedTuple):

@@ -80,8 +80,9 @@ def find_duplicates(
     group is the one to keep, and of those the first.
 
     The rows of an index without lists (flat, hnsw) are all compared with one another. Of vectors as many are in memory
-    as an eighth of it holds, or a quarter of what a CUDA device has free; numbers of all rows are. On a CPU the process's memory
-    allocator is tuned; see `allocator`.
+    as an eighth of it holds, and on a CUDA device a quarter of what is free there; beside them numbers of all
+    rows, some 100 bytes a row, and in the end some 300 for each row of a group. On a CPU the process's memory allocator
+    is tuned; see `allocator`.
 
     Args:
         folder: The embedding directory, with an index that knows all of its rows.
