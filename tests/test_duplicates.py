@@ -1,8 +1,10 @@
 import json
+import weakref
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from command_line import run_cli, run_process
 from directories import INFO, clustered, write_shard
 from scipy.sparse import coo_array
@@ -10,8 +12,9 @@ from scipy.sparse.csgraph import connected_components
 
 from clipindex import build_index, duplicates, find_duplicates
 from clipindex.errors import IndexingError, StoreError, UsageError
-from clipindex.index.files import read_record
-from clipindex.store import read_embeddings
+from clipindex.index.files import open_index, read_record
+from clipindex.nearest import Arithmetic
+from clipindex.store import VectorReader, read_embeddings
 
 HERE = {"device": "cpu", "precision": "fp32"}
 THRESHOLD = 0.97
@@ -91,12 +94,23 @@ def groups_of(folder):
 @pytest.mark.parametrize("kind", ["flat", "ivf"])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_memory_and_precision_change_nothing(made, tmp_path, monkeypatch, kind, precision):
-    """Of vectors there are some hundreds at a time, of lists some, of scores 64 x 128."""
+    """Of vectors there are some hundreds at a time, which none outlives, of lists some, of scores 64 x 128."""
     build_index(made, kind=kind, target_recall=0.9, rebuild=True, **HERE)
     find_duplicates(made, threshold=THRESHOLD, out=tmp_path / "large", device="cpu", precision=precision)
-    reads = []
-    read = duplicates.held._read
-    monkeypatch.setattr(duplicates.held, "_read", lambda rows, ids, how: reads.append(len(ids)) or read(rows, ids, how))
+    reads, pieces, held = [], [], []
+    read, unit = duplicates.held._read, duplicates.held.unit
+
+    def spied(rows, ids, *others):
+        assert all(one() is None for one in held)
+        found = read(rows, ids, *others)
+        held.extend(map(weakref.ref, (found.stored, found.rounded)))
+        reads.append(len(ids))
+        return found
+
+    monkeypatch.setattr(duplicates.held, "_read", spied)
+    monkeypatch.setattr(duplicates.held, "unit", lambda some: pieces.append(len(some)) or unit(some))
+    monkeypatch.setattr(duplicates.rows, "ROWS_AT_ONCE", 50)
+    monkeypatch.setattr(duplicates.pairs, "EXACT_AT_ONCE", 20)
     monkeypatch.setattr(duplicates.job, "default_memory_bytes", lambda: 500_000)
     monkeypatch.setattr(duplicates.pairs, "PIECE", 64)
     monkeypatch.setattr(duplicates.pairs, "TILE_SCORES", 64 * 128)
@@ -110,6 +124,19 @@ def test_memory_and_precision_change_nothing(made, tmp_path, monkeypatch, kind, 
     assert groups_of(tmp_path / "small") == groups_of(tmp_path / "large")
     assert groups_of(tmp_path / "small") == truth(made)[0] or kind == "ivf"
     assert len(reads) > 5 and max(reads) <= 500_000 / 4 / INFO.dim / (2 + 2)
+    assert sum(pieces) == sum(reads) and max(pieces) == 50
+
+
+def test_a_cuda_device_has_memory_of_its_own(made, monkeypatch):
+    build_index(made, kind="flat", rebuild=True, **HERE)
+    opened = open_index(made, 1 << 30)
+    rows = duplicates.rows.Rows(made, opened, [shard.name for shard in opened.shards], VectorReader(made))
+    free = 40_000 * INFO.dim * 2
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1 << 40))
+    cpu, cuda = (Arithmetic(torch.device(name), torch.bfloat16) for name in ("cpu", "cuda"))
+    assert duplicates.held.most_rows(rows, cpu, free) == 20_000
+    assert duplicates.held.most_rows(rows, cuda, free) == 10_000  # a quarter
+    assert duplicates.held.most_rows(rows, cuda, free // 8) == 5_000  # which the CPU keeps beside it
 
 
 @pytest.mark.parametrize("target", [0.5, 0.99])
@@ -127,12 +154,40 @@ def test_a_lower_target_looks_at_less_and_finds_as_much_as_it_says(made, tmp_pat
         assert summary.lists < most.lists
 
 
-def test_a_search_that_loses_pairs_is_no_result(made, tmp_path, monkeypatch):
+@pytest.mark.parametrize("target", [0.5, 0.99, 1])
+def test_a_search_that_loses_pairs_is_no_result(made, tmp_path, monkeypatch, target):
+    """Copies are joined all the same."""
     build_index(made, kind="ivf", target_recall=0.9, rebuild=True, **HERE)
     monkeypatch.setattr(duplicates.pairs._Looker, "_look", lambda *_: None)
-    with pytest.raises(AssertionError, match="were not joined"):
-        find_duplicates(made, threshold=THRESHOLD, out=tmp_path / "out")
+    with pytest.raises(IndexingError, match="were not joined: products in torch.* --device cpu"):
+        find_duplicates(made, threshold=THRESHOLD, target_recall=target, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_few_pairs_that_are_lost_are_missed_among_many_copies(tmp_path, monkeypatch):
+    base = clustered(700, spread=1.0)
+    near = base[:6] + np.random.default_rng(0).normal(size=(6, INFO.dim)) * 0.01
+    near /= np.linalg.norm(near, axis=1, keepdims=True)
+    write_shard(tmp_path, "s", np.concatenate([base, base[100:], near.astype(np.float32)]))
+    build_index(tmp_path, kind="flat", **HERE)
+    assert find_duplicates(tmp_path, threshold=0.98).groups == 606
+    monkeypatch.setattr(duplicates.pairs._Looker, "_look", lambda *_: None)
+    with pytest.raises(IndexingError, match="12 of 12 pairs"):
+        find_duplicates(tmp_path, threshold=0.98)
+
+
+@pytest.mark.parametrize(("number", "spared"), [(5, 1), (1999, 1), (2000, 2)])
+def test_a_thousandth_of_the_pairs_may_be_lost_or_one(number, spared):
+    """What is summed in another order may be rounded to the other side of a reach."""
+    pairs = np.arange(2 * number).reshape(number, 2)
+    search = duplicates.reach.Search(None, 0.0, 1.0, 0.99, number, pairs)
+    names = pairs[:, :1].repeat(2, axis=1).flatten()
+    here = Arithmetic(torch.device("cpu"), torch.float32)
+    names[1 : 2 * spared : 2] = -1
+    duplicates.job._check(names, search, here)
+    names[2 * spared + 1] = -1
+    with pytest.raises(IndexingError, match=f"{spared + 1} of {number} pairs"):
+        duplicates.job._check(names, search, here)
 
 
 def test_vectors_whose_hashes_meet_are_no_copies(made, tmp_path, monkeypatch):

@@ -50,20 +50,56 @@ def test_the_error_grows_with_what_is_rounded_away():
     assert 0 < fp32 < fp16 < bf16
 
 
-def test_a_cuda_device_sums_in_float32_meanwhile_and_then_as_before():
-    """Settings, which are there without such a device as well."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_bf16_reduced_precision_reduction
-    matmul.allow_bf16_reduced_precision_reduction = True
-    try:
-        with pytest.raises(ZeroDivisionError), full_sums(torch.device("cuda")):
-            assert not matmul.allow_bf16_reduced_precision_reduction and not matmul.allow_tf32
-            raise ZeroDivisionError
-        assert matmul.allow_bf16_reduced_precision_reduction
-        with full_sums(CPU):
-            assert matmul.allow_bf16_reduced_precision_reduction
-    finally:
-        matmul.allow_bf16_reduced_precision_reduction = before
+MATMUL = torch.backends.cuda.matmul
+SUMS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+FEWER = "allow_fp16_accumulation"
+
+
+@pytest.fixture
+def settings():
+    """Of a CUDA device, which are there without one as well; put back as PyTorch has them at first."""
+    yield MATMUL
+    for name in SUMS:
+        setattr(MATMUL, name, True)
+    if hasattr(MATMUL, FEWER):
+        setattr(MATMUL, FEWER, False)
+    MATMUL.allow_tf32 = False
+    if hasattr(MATMUL, "fp32_precision"):
+        MATMUL.fp32_precision = "none"
+
+
+def test_a_cuda_device_sums_in_float32_meanwhile_and_then_as_before(settings):
+    names = [name for name in (*SUMS, FEWER, "allow_tf32") if name != FEWER or hasattr(settings, FEWER)]
+    for name in names:
+        setattr(settings, name, True)
+    tf32 = getattr(settings, "fp32_precision", None)
+    with pytest.raises(ZeroDivisionError), full_sums(torch.device("cuda")):
+        assert not any(getattr(settings, name) for name in names[:-1])
+        assert getattr(settings, "fp32_precision", "ieee") == "ieee" and (tf32 or not settings.allow_tf32)
+        raise ZeroDivisionError
+    assert all(getattr(settings, name) for name in names)
+    assert getattr(settings, "fp32_precision", None) == tf32
+    with full_sums(CPU):
+        assert all(getattr(settings, name) for name in names)
+
+
+@pytest.mark.skipif(not hasattr(MATMUL, "fp32_precision"), reason="this PyTorch has allow_tf32 alone")
+def test_who_sets_the_precision_of_float32_by_its_newer_name_is_served(settings):
+    settings.fp32_precision = "tf32"
+    with pytest.raises(RuntimeError, match="mix of the legacy and new"):
+        _ = settings.allow_tf32
+    with full_sums(torch.device("cuda")):
+        assert settings.fp32_precision == "ieee"
+    assert settings.fp32_precision == "tf32"
+
+
+@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.skipif(not hasattr(MATMUL, f"{SUMS[0]}_split_k"), reason="this PyTorch has no such setting")
+def test_sums_that_were_not_to_be_split_are_not_afterwards(settings, name):
+    setattr(settings, name, (False, False))
+    with full_sums(torch.device("cuda")):
+        assert not getattr(settings, name)
+    assert not getattr(settings, name) and not getattr(settings, f"{name}_split_k")
 
 
 def test_places_of_what_is_true():

@@ -1,7 +1,7 @@
 """Rows in memory, as many as it holds, for what is to be done with some of them at a time."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -11,8 +11,10 @@ from clipindex.nearest import Arithmetic
 from clipindex.threads import map_in_order, num_cores
 from clipindex.types import IntArray
 
-BLOCK = 2048
-"""Rows rounded at once, for which memory is used again."""
+Result = TypeVar("Result")
+
+DEVICE_SHARE = 4
+"""Of the memory that a CUDA device has free, one part in so many is for vectors."""
 
 
 class Task(NamedTuple):
@@ -30,7 +32,7 @@ class Held(NamedTuple):
     ids: IntArray
     """[n], ascending."""
     place: IntArray
-    """[next_id]: of each id among those."""
+    """[next_id]: of each id among those; no number of others."""
     stored: np.ndarray[Any, Any]
     """Vectors [n, D] in the directory's dtype."""
     rounded: torch.Tensor
@@ -43,21 +45,37 @@ class Held(NamedTuple):
         return self.rounded.index_select(0, torch.from_numpy(padded).to(self.rounded.device))
 
 
-def held_tasks(
-    rows: Rows, tasks: Iterable[Task], arithmetic: Arithmetic, memory_bytes: int
-) -> Iterator[tuple[Held, list[Task]]]:
-    """Tasks of which all rows are in memory; those that are too large for it in several.
+def while_held(
+    rows: Rows,
+    tasks: Iterable[Task],
+    arithmetic: Arithmetic,
+    memory_bytes: int,
+    work: Callable[[Held, list[Task]], Iterator[Result]],
+) -> Iterator[Result]:
+    """Work on tasks while all of their rows are in memory; on those that are too large for it in several.
 
     Args:
         rows: All of them.
         tasks: Those that come one after the other should have rows in common, which are read once then.
         arithmetic: By which they will be multiplied.
         memory_bytes: For vectors.
+        work: Has nothing of the rows once it is done: then others are read, and memory is for those alone.
     """
-    row_bytes = rows.reader.dim * (rows.reader.dtype.itemsize + arithmetic.dtype.itemsize)
-    most = max(memory_bytes // row_bytes, 2)
-    for ids, some in _loads(split(tasks, most // 2, most // 2), rows.opened.record.next_id, most):
-        yield _read(rows, ids, arithmetic), some
+    most = most_rows(rows, arithmetic, memory_bytes)
+    place = np.empty(rows.opened.record.next_id, np.int64)
+    for ids, some in _loads(split(tasks, most // 2, most // 2), len(place), most):
+        place[ids] = np.arange(len(ids))
+        yield from work(_read(rows, ids, place, arithmetic), some)
+
+
+def most_rows(rows: Rows, arithmetic: Arithmetic, memory_bytes: int) -> int:
+    """How many fit into memory, and into what a CUDA device has free of its own, which others may use as well."""
+    stored, rounded = (rows.reader.dim * dtype.itemsize for dtype in (rows.reader.dtype, arithmetic.dtype))
+    most = memory_bytes // (stored + rounded)
+    if arithmetic.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(arithmetic.device)
+        most = min(memory_bytes // stored, free // DEVICE_SHARE // rounded)
+    return max(most, 2)
 
 
 def split(tasks: Iterable[Task], piece: int, block: int) -> Iterator[Task]:
@@ -92,19 +110,15 @@ def _loads(tasks: Iterable[Task], next_id: int, most: int) -> Iterator[tuple[Int
         yield np.flatnonzero(wanted), some
 
 
-def _read(rows: Rows, ids: IntArray, arithmetic: Arithmetic) -> Held:
+def _read(rows: Rows, ids: IntArray, place: IntArray, arithmetic: Arithmetic) -> Held:
     stored = np.empty((len(ids), rows.reader.dim), rows.reader.dtype)
     rounded = torch.empty(stored.shape, dtype=arithmetic.dtype, device=arithmetic.device)
 
     def hold(item: tuple[slice, np.ndarray[Any, Any]]) -> None:
         at, vectors = item
         stored[at] = vectors
-        for first in range(at.start, at.stop, BLOCK):
-            some = slice(first, min(first + BLOCK, at.stop))
-            rounded[some] = arithmetic.rounded(unit(stored[some]))
+        rounded[at] = arithmetic.rounded(unit(vectors))
 
     for _ in map_in_order(hold, rows.stored(ids), num_cores()):
         pass
-    place = np.empty(rows.opened.record.next_id, np.int64)
-    place[ids] = np.arange(len(ids))
     return Held(ids, place, stored, rounded)

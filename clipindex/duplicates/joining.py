@@ -1,4 +1,7 @@
-"""The rows that lists lead to, compared and joined into groups, in bounded memory."""
+"""The rows that lists lead to, compared and joined into groups: a bounded number of vectors at a time.
+
+Of every row, whatever the bound, some numbers are in memory as well: its id, its list, its group and its first copy.
+"""
 
 from collections.abc import Iterator
 from typing import Any

@@ -4,6 +4,7 @@ A row is compared with the rows of its own list, its home, and with those of eac
 well with it: less by no more than the `reach`. A pair is looked at if either row reaches the other's home.
 """
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from clipindex.duplicates.copies import NO_ROW
-from clipindex.duplicates.held import Held, Task, held_tasks
+from clipindex.duplicates.held import Held, Task, while_held
 from clipindex.duplicates.rows import Rows
 from clipindex.errors import StoreError
 from clipindex.index.files import REBUILD
@@ -98,14 +99,17 @@ def reached(
     """
     rounded = arithmetic.rounded(lists.centroids)
     pieces = (Task(ids[at : at + PIECE], None) for ids in members for at in range(0, len(ids), PIECE))
-    for held, tasks in held_tasks(rows, pieces, arithmetic, memory_bytes):
 
-        def look(task: Task, held: Held = held) -> tuple[int, IntArray, IntArray]:
-            near = lists.near[lists.home[task.ones[0]]]
-            scores = held.padded(held.place[task.ones]) @ rounded[near].T
-            least = (scores[:, :1].float() - reach).to(scores.dtype)  # rounded as the scores are: none is lost
-            row, place = nonzero((scores >= least)[: len(task.ones), 1:]).T
-            return len(task.ones), task.ones[row], near[1 + place]
+    def look(held: Held, task: Task) -> tuple[int, IntArray, IntArray]:
+        near = lists.near[lists.home[task.ones[0]]]
+        scores = held.padded(held.place[task.ones]) @ rounded[near].T
+        least = (scores[:, :1].float() - reach).to(scores.dtype)  # rounded as the scores are: none is lost
+        row, place = nonzero((scores >= least)[: len(task.ones), 1:]).T
+        return len(task.ones), task.ones[row], near[1 + place]
 
+    def look_at_all(held: Held, tasks: list[Task]) -> Iterator[tuple[int, IntArray, IntArray]]:
         # Where memory is for less than a piece, there are others too: its other parts, which have their own tasks.
-        yield from map_in_order(look, (task for task in tasks if task.others is None), num_cores())
+        alone = (task for task in tasks if task.others is None)
+        return map_in_order(functools.partial(look, held), alone, num_cores())
+
+    return while_held(rows, pieces, arithmetic, memory_bytes, look_at_all)

@@ -66,6 +66,7 @@ class Sample(NamedTuple):
 def find_reach(
     rows: Rows,
     lists: Lists,
+    first: IntArray,
     threshold: float,
     target: float,
     seed: int,
@@ -77,6 +78,7 @@ def find_reach(
     Args:
         rows: All of them.
         lists: In which they are.
+        first: Of each id the first copy.
         threshold: Cosine of a pair.
         target: The share.
         seed: Of the sample.
@@ -84,7 +86,7 @@ def find_reach(
         on_progress: Called with the number of rows that were compared with the sample.
     """
     sample = _drawn(rows, lists, seed, arithmetic)
-    counts, pairs, needed = count_pairs(rows, lists, sample, threshold, arithmetic, on_progress)
+    counts, pairs, needed = count_pairs(rows, lists, first, sample, threshold, arithmetic, on_progress)
     others = counts[counts[:, -1] > 1] - 1  # without itself
     shares = others / others[:, -1:]
     is_third = np.arange(len(shares)) % 3 == 0
@@ -122,6 +124,7 @@ def reaches(lists: Lists, threshold: float) -> torch.Tensor:
 def count_pairs(
     rows: Rows,
     lists: Lists,
+    first: IntArray,
     sample: Sample,
     threshold: float,
     arithmetic: Arithmetic,
@@ -132,6 +135,7 @@ def count_pairs(
     Args:
         rows: All of them.
         lists: In which they are.
+        first: Of each id the first copy.
         sample: S rows.
         threshold: Cosine.
         arithmetic: Of the product by which rows are passed over that are like none of the sample.
@@ -139,7 +143,7 @@ def count_pairs(
 
     Returns:
         Counts [S, reaches]: of such rows that are found with each of the `reaches`; with the last, all. And of some of
-        those pairs the ids [k, 2], and which reach [k] is needed for them.
+        those pairs, but of copies, which no search has to find, the ids [k, 2] and which reach [k] is needed for them.
     """
     levels = reaches(lists, threshold)
     possible = limits(threshold, arithmetic, rows.reader.dim).possible
@@ -150,7 +154,7 @@ def count_pairs(
         kept = [torch.empty(0, 3, dtype=torch.int64)]
         counts = torch.zeros(len(rounded) * len(levels), dtype=torch.int64)
         size = max(1, SCORES_AT_ONCE // max(len(rounded), len(lists.centroids)))
-        for some in (slice(first, first + size) for first in range(0, len(ids), size)):
+        for some in (slice(begin, begin + size) for begin in range(0, len(ids), size)):
             vectors = checked_unit(batch, some)
             near = ((rounded @ arithmetic.rounded(vectors).T).amax(dim=0) >= possible).nonzero()[:, 0].cpu()
             cosines = sample.vectors @ vectors[near].T
@@ -161,7 +165,8 @@ def count_pairs(
             level = torch.bucketize(least, levels)
             counts += torch.bincount(one * len(levels) + level, minlength=len(counts))
             pairs = torch.from_numpy(sample.ids)[one], torch.from_numpy(ids[some])[near][other], level
-            clear = (cosines[one, other] >= threshold + CLEAR).nonzero()[:, 0]
+            apart = torch.from_numpy(first[pairs[0]] != first[pairs[1]])
+            clear = ((cosines[one, other] >= threshold + CLEAR) & apart).nonzero()[:, 0]
             clear = clear[:: max(1, len(clear) // KEPT)]
             kept.append(torch.stack([each[clear] for each in pairs], dim=1))
         return len(ids), counts, torch.cat(kept)

@@ -15,6 +15,8 @@ from clipindex.types import Float32Array, IntArray
 
 AGAIN = "run clipindex index, then this again"
 PAIRS_AT_ONCE = 1 << 16
+ROWS_AT_ONCE = 1 << 11
+"""Of a shard, which may have millions: they are rounded in memory that a cache holds."""
 OnProgress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, and of how much."""
 
@@ -39,12 +41,13 @@ class Rows(NamedTuple):
             yield np.arange(first, first + len(batch.embedding), dtype=np.int64), batch
 
     def stored(self, ids: IntArray) -> Iterator[tuple[slice, np.ndarray[Any, Any]]]:
-        """Vectors of ascending ids in the directory's dtype, and which of the ids they are of, a shard at a time."""
+        """Vectors of ascending ids in the directory's dtype, and which of the ids they are of, some at a time."""
         shards, rows = locate(self.opened, ids)
         edges = [0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(ids)]
-        for first, end in zip(edges[:-1], edges[1:], strict=True):
-            if first < end:
-                yield slice(first, end), self.reader.take(self.names[shards[first]], rows[first:end])
+        for begin, end in zip(edges[:-1], edges[1:], strict=True):
+            for first in range(begin, end, ROWS_AT_ONCE):
+                some = slice(first, min(first + ROWS_AT_ONCE, end))
+                yield some, self.reader.take(self.names[shards[first]], rows[some])
 
     def cosines(self, ones: IntArray, others: IntArray) -> Float32Array:
         """Exact cosines [n] of pairs of ids."""

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,12 +70,29 @@ def full_sums(device: torch.device) -> Iterator[None]:
         yield
         return
     matmul = torch.backends.cuda.matmul
-    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction", "allow_tf32")
-    before = {name: getattr(matmul, name) for name in names}
+    full = _full_settings()
+    before = {name: _setting(name) for name in full}
     try:
-        for name in names:
-            setattr(matmul, name, False)
+        for name, value in full.items():
+            setattr(matmul, name, value)
         yield
     finally:
         for name, value in before.items():
             setattr(matmul, name, value)
+
+
+def _full_settings() -> dict[str, Any]:
+    """Of `torch.backends.cuda.matmul`, those that this version of PyTorch has."""
+    matmul = torch.backends.cuda.matmul
+    names = ["allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"]
+    names += ["allow_fp16_accumulation"] if hasattr(matmul, "allow_fp16_accumulation") else []  # since 2.7
+    # Since 2.9, where reading allow_tf32 is an error once its user has set the other.
+    full = {"fp32_precision": "ieee"} if hasattr(matmul, "fp32_precision") else {"allow_tf32": False}
+    return {**dict.fromkeys(names, False), **full}
+
+
+def _setting(name: str) -> Any:  # noqa: ANN401
+    """As it has to be given to be as it is: setting one of two alone would set the other, which is on by default."""
+    matmul = torch.backends.cuda.matmul
+    value, split = getattr(matmul, name), getattr(matmul, f"{name}_split_k", None)
+    return value if split is None else (value, split)
