@@ -83,6 +83,19 @@ def test_groups_are_the_components_of_an_exact_search(made, tmp_path, kind):
             assert row["key"] == f"{row['shard']}-{row['row']}"
 
 
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+def test_one_pair_in_a_block_is_one_as_any_other(tmp_path, kind):
+    """Shards of a row each, of which two are nearly the same."""
+    vectors = np.eye(12, INFO.dim, dtype=np.float32)
+    vectors[7] = vectors[3] + 0.1 * vectors[5]
+    for at, vector in enumerate(vectors / np.linalg.norm(vectors, axis=1, keepdims=True)):
+        write_shard(tmp_path, f"s{at:02}", vector[None])
+    build_index(tmp_path, kind=kind, **HERE)
+    summary = find_duplicates(tmp_path, threshold=THRESHOLD, out=tmp_path / "out", **HERE)
+    assert groups_of(tmp_path / "out") == {frozenset({("s03", 0), ("s07", 0)})}
+    assert (summary.recall, summary.checked) == (1, 2)
+
+
 def groups_of(folder):
     """Sets of (shard, row)."""
     groups = {}

@@ -164,8 +164,10 @@ def count_pairs(
             least = torch.minimum(sample.lack[one, home[other]], lack[other, sample.home[one]])
             level = torch.bucketize(least, levels)
             counts += torch.bincount(one * len(levels) + level, minlength=len(counts))
-            pairs = torch.from_numpy(sample.ids)[one], torch.from_numpy(ids[some])[near][other], level
-            apart = torch.from_numpy(first[pairs[0]] != first[pairs[1]])
+            # By arrays: NumPy takes a tensor of one number for that number.
+            ones, others = sample.ids[one.numpy()], ids[some][near.numpy()][other.numpy()]
+            apart = torch.from_numpy(first[ones] != first[others])
+            pairs = torch.from_numpy(ones), torch.from_numpy(others), level
             clear = ((cosines[one, other] >= threshold + CLEAR) & apart).nonzero()[:, 0]
             clear = clear[:: max(1, len(clear) // KEPT)]
             kept.append(torch.stack([each[clear] for each in pairs], dim=1))
