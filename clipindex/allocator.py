@@ -9,6 +9,7 @@ _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
 
 _KEPT_BYTES = 1 << 30
+_NEVER = -1
 
 
 def share_one_arena() -> None:
@@ -32,4 +33,4 @@ def keep_freed_memory() -> None:
     share_one_arena()  # those of other threads are too small to keep anything in
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
-    mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+    mallopt(_M_TRIM_THRESHOLD, _NEVER)
