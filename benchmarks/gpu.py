@@ -12,7 +12,6 @@ what it has found by then is on the screen, and with --save in its file. `--devi
 
 import argparse
 import contextlib
-import math
 import os
 import signal
 import subprocess
@@ -31,7 +30,7 @@ from reporting import RESULTS, Row, arguments, finish, keep
 from clipindex.allocator import keep_freed_memory
 from clipindex.batch_size import fastest_batch_size
 from clipindex.bench.ceilings import image_flops, product_flops_per_s
-from clipindex.bench.corpus import repeated, write_corpus
+from clipindex.bench.corpus import write_corpus
 from clipindex.bench.measure import (
     Measurement,
     measure_copy,
@@ -197,11 +196,8 @@ def _speed(options: argparse.Namespace) -> None:
             if device.type == "cuda":
                 noted("copy", partial(measure_copy, tower, size, device))
             del tower, loaded
-            fastest = min(max(decode_per_s.values()), encode or max(decode_per_s.values()))
-            passes = math.ceil(JOB_S * fastest / options.images) or 1
-            again = repeated(tars, Path(folder) / f"again {name}", passes)
-            job = again, Path(folder) / f"out {name}", spec, precision, device, size, decode_per_s, encode
-            noted("end to end", partial(measure_end_to_end, *job, passes=passes))
+            job = tars, Path(folder), spec, precision, device, size, decode_per_s, encode
+            noted("end to end", partial(measure_end_to_end, *job, num_images=options.images, seconds=JOB_S))
     finish("gpu_speed", rows, options.save, options.results, device)
 
 

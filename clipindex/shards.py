@@ -185,6 +185,11 @@ def _split_name(name: str) -> tuple[str, str]:
     return (name, "") if dot < 0 else (name[:dot], name[dot + 1 :])
 
 
+def remembered_key(key: str) -> str:
+    """What stands for a key in a set of all those that came before: itself, or its hash where it is long."""
+    return key if len(key) <= LONG_KEY_CHARACTERS else hashlib.sha256(key.encode()).hexdigest()
+
+
 def _wants(max_bytes: int) -> Callable[[str, int], bool]:
     """Which members are taken into memory."""
 
@@ -262,7 +267,7 @@ def _sample(
 ) -> Sample | Reject:
     """One row's worth of members, checked."""
     if len(key) <= MAX_NAME_CHARACTERS:
-        remembered = key if len(key) <= LONG_KEY_CHARACTERS else hashlib.sha256(key.encode()).hexdigest()
+        remembered = remembered_key(key)
         if remembered in seen:
             reason = f"key {key!r} came before in this tar, apart from these members: {_names(group)}"
             return _tar_reject(key, group, reason, seekable)

@@ -1,6 +1,8 @@
 """Each stage by itself, and all together, each beside its ceiling."""
 
 import itertools
+import math
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ import torch
 
 from clipindex.bench import ceilings
 from clipindex.bench.ceilings import best_rate, spread, synchronizer
+from clipindex.bench.corpus import repeated
 from clipindex.bench.utilisation import describe_utilisation, sampling_utilisation
 from clipindex.decode import MAX_PIXELS, decode_image
 from clipindex.decode.on_device import AT_ONCE, DeviceDecoder
@@ -193,19 +196,25 @@ def measure_end_to_end(
     decode_per_s: dict[str, float],
     encode_per_s: float,
     *,
-    passes: int,
+    num_images: int,
+    seconds: float,
 ) -> Measurement:
     """Images/s of the whole job, loading the model apart: the better of two runs, as a stage is the best of some.
 
-    `decode_per_s` has the rates of 'cpu' and, where there is one, 'cuda'; `passes` says how often `tars` have each
-    image.
+    `decode_per_s` has the rates of 'cpu' and, where there is one, 'cuda'. The job goes over the `num_images` of `tars`
+    as often as `seconds` need at these rates. What "again" and "out" in `folder` hold is removed, before and after.
     """
+    passes = max(1, math.ceil(seconds * min(max(decode_per_s.values()), encode_per_s) / num_images))
+    again, out = folder / "again", folder / "out"
+    for left in (again, out):  # of a benchmark that was stopped in a folder that is kept
+        shutil.rmtree(left, ignore_errors=True)
+    sources = repeated(tars, again, passes)
     runs: list[tuple[EmbedSummary, list[int]]] = []
     for at in range(2):
         with sampling_utilisation(device) as samples:
             summary = embed(
-                tars,
-                folder / str(at),
+                sources,
+                out / str(at),
                 model=spec.name,
                 random_init=spec.random_init,
                 precision=precision,
@@ -214,6 +223,8 @@ def measure_end_to_end(
                 on_plan=lambda plan, samples=samples: samples.clear(),  # type: ignore[misc]
             )
         runs.append((summary, samples))
+    shutil.rmtree(again)
+    shutil.rmtree(out)
     summary, samples = max(runs, key=lambda one: one[0].images_per_s)
     busy = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in summary.stages.busy.items())
     gpu = f"; {describe_utilisation(samples)}" if device.type == "cuda" else ""

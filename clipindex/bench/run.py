@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import math
 import resource
 import shutil
 import sys
@@ -18,7 +17,7 @@ import torch
 from clipindex.allocator import keep_freed_memory
 from clipindex.batch_size import fastest_batch_size
 from clipindex.bench.ceilings import image_flops, product_flops_per_s
-from clipindex.bench.corpus import repeated, write_corpus
+from clipindex.bench.corpus import write_corpus
 from clipindex.bench.machine import describe_machine
 from clipindex.bench.measure import (
     Measurement,
@@ -138,14 +137,8 @@ def bench(
                 if chosen.type == "cuda":
                     note(measure_copy(ImageTower(loaded, device=chosen, precision=name), size, chosen))
                 on_step(f"{spec.name}, {name}: tars to Parquet")
-                rates = decode_per_s, fastest.images_per_s
-                passes = max(1, math.ceil(seconds * min(max(decode_per_s.values()), fastest.images_per_s) / number))
-                for left in ("again", "out"):  # of a benchmark that was stopped in a folder that is kept
-                    shutil.rmtree(folder / left, ignore_errors=True)
-                tars = repeated(small, folder / "again", passes)
-                note(measure_end_to_end(tars, folder / "out", spec, name, chosen, size, *rates, passes=passes))
-                shutil.rmtree(folder / "out")
-                shutil.rmtree(folder / "again")
+                job = small, folder, spec, name, chosen, size, decode_per_s, fastest.images_per_s
+                note(measure_end_to_end(*job, num_images=number, seconds=seconds))
             shutil.rmtree(folder / "write")
     finally:
         if work is None:

@@ -1,6 +1,5 @@
 """A file of vectors beside its file of rows: which of them are taken, and what is wrong with the others."""
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,7 @@ from clipindex.errors import ShardError
 from clipindex.exchange.rows import AT_ONCE, RowFile, Rows, open_rows
 from clipindex.exchange.sources import Pair
 from clipindex.exchange.vectors import UnitVectors, open_vectors, to_unit
-from clipindex.shards import LONG_KEY_CHARACTERS
+from clipindex.shards import remembered_key
 
 
 class CheckedBlock(NamedTuple):
@@ -86,7 +85,7 @@ def _faults(rows: Rows, vectors: UnitVectors, seen: set[str]) -> dict[int, tuple
     """Stage and reason of the rows that cannot be taken, in order."""
     faults: dict[int, tuple[str, str]] = {}
     for at, key in enumerate(rows.keys):
-        remembered = key if len(key) <= LONG_KEY_CHARACTERS else hashlib.sha256(key.encode()).hexdigest()
+        remembered = remembered_key(key)
         fault = rows.faults.get(at)
         if key and remembered in seen:
             faults[at] = ("tar", f"key {key!r} came before in this file")

@@ -1,7 +1,6 @@
 """One shard in the layouts of other tools; each file appears whole or not at all."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from clipindex.atomic import AtomicFile, atomic_write
+from clipindex.atomic import AtomicFile, atomic_write, write_json
 from clipindex.store import AtomicParquet
 
 _SHARED: dict[str, pa.DataType] = {
@@ -149,8 +148,7 @@ def finish_arrow(folder: Path, parts: Sequence[Part]) -> None:
     }
     info = {"citation": "", "description": "", "features": features, "homepage": "", "license": ""}
     for name, document in (("dataset_info.json", info), ("state.json", state)):
-        with atomic_write(folder / name) as file:
-            file.write(json.dumps(document, indent=2).encode() + b"\n")
+        write_json(folder / name, document)
 
 
 def _feature(kind: pa.DataType) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from clipindex.atomic import atomic_write, create_temporary, exclusively, remove_stale_temporaries, sync_folder
+from clipindex.atomic import create_temporary, exclusively, remove_stale_temporaries, sync_folder, write_json
 from clipindex.errors import StoreError
 from clipindex.index.build import Filler, ivf_of, write_index
 from clipindex.index.lists import Mask, map_lists
@@ -257,8 +257,7 @@ class NextIndex:
             for role, (path, _) in self._temporaries.items():
                 path.rename(self._folder / names[role])
             sync_folder(self._folder)
-            with atomic_write(self._folder / METADATA) as file:
-                file.write(json.dumps(asdict(published), indent=2).encode() + b"\n")
+            write_json(self._folder / METADATA, asdict(published))
             for path in self._folder.iterdir():
                 if _NAME.fullmatch(path.name) and path.name not in {name for name, _, _ in files.values()}:
                     path.unlink()
