@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from low_precision import Bf16Linear, Fp8Linear, Int8Linear, MakeLinear
-from open_clip.transformer import ResidualAttentionBlock
+from low_precision import Fp8Linear, Int8Linear
 from torch import nn
+
+from clipindex.blocks import Block
 
 SHIPPED = "eager (as shipped)"
 
@@ -19,8 +20,10 @@ class Way:
     """One way of running a tower."""
 
     name: str
-    make: MakeLinear | None = None
-    """What takes the place of its linear layers; None leaves them and the attention as they are."""
+    layer: type[nn.Module] = nn.Linear
+    """What its blocks multiply by."""
+    is_open_clips: bool = False
+    """Whether the blocks are those of open_clip."""
     wrap: Callable[[nn.Module], Run] | None = None
     """What runs it."""
     compiles: bool = False
@@ -39,7 +42,7 @@ def _whole(module: nn.Module, **options: Any) -> Run:  # noqa: ANN401
 def _by_block(module: nn.Module) -> Run:
     """All blocks share one compiled block: a twelfth of the work for a ViT-B."""
     for part in module.modules():
-        if isinstance(part, ResidualAttentionBlock):
+        if isinstance(part, Block):
             part.compile(dynamic=False)
     return module
 
@@ -80,33 +83,33 @@ def _captured(module: nn.Module, x: torch.Tensor) -> tuple[Any, torch.Tensor, to
 
 WAYS = (
     Way(name=SHIPPED),
+    Way(name="open_clip's blocks", is_open_clips=True),
     Way(name="eager, two batches at once", device="cuda", at_once=2),
     Way(name="CUDA graph", wrap=_graphed, device="cuda"),
     Way(name="compiled by block", wrap=_by_block, compiles=True),
-    Way(name="own attention, compiled by block", make=Bf16Linear, wrap=_by_block, compiles=True),
-    Way(name="fp8, compiled by block", make=Fp8Linear, wrap=_by_block, compiles=True),
-    Way(name="int8, compiled by block", make=Int8Linear, wrap=_by_block, compiles=True),
-    Way(name="own attention", make=Bf16Linear),
+    Way(name="fp8, compiled by block", layer=Fp8Linear, wrap=_by_block, compiles=True),
+    Way(name="int8, compiled by block", layer=Int8Linear, wrap=_by_block, compiles=True),
+    Way(name="weights not packed", device="cpu"),
     Way(name="fp16", precision="fp16"),
-    Way(name="fp8", make=Fp8Linear),
-    Way(name="int8", make=Int8Linear),
+    Way(name="fp8", layer=Fp8Linear),
+    Way(name="int8", layer=Int8Linear),
     Way(name="compiled", wrap=_whole, compiles=True),
-    Way(name="own attention, compiled, weights frozen", make=Bf16Linear, wrap=frozen, compiles=True, device="cpu"),
+    Way(name="open_clip's blocks, compiled", is_open_clips=True, wrap=_whole, compiles=True),
+    Way(name="compiled, weights frozen", wrap=frozen, compiles=True, device="cpu"),
     Way(
-        name="own attention, compiled, reduce-overhead",
-        make=Bf16Linear,
+        name="compiled, reduce-overhead",
         wrap=lambda module: _whole(module, mode="reduce-overhead"),
         compiles=True,
         device="cuda",
     ),
     Way(
-        name="own attention, compiled, max-autotune",
-        make=Bf16Linear,
+        name="compiled, max-autotune",
         wrap=lambda module: _whole(module, mode="max-autotune-no-cudagraphs"),
         compiles=True,
         device="cuda",
         is_costly=True,
     ),
 )
-"""Those that may be worth most for their time first, in case it is up. Where nn.MultiheadAttention is compiled, it
-takes its slow path, whose first layer is a product for every token in the graph of weights without gradients."""
+"""Those that may be worth most for their time first, in case it is up. Where open_clip's own blocks are compiled,
+nn.MultiheadAttention takes its slow path, whose first layer is a product for every token where weights want no
+gradients. On a CPU the shipped blocks have packed weights, and all others plain ones."""

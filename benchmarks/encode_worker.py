@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from encode_ways import SHIPPED, WAYS, Way, frozen
-from low_precision import Fp8Linear, Int8Linear, rewritten, with_outliers
+from low_precision import Int8Linear, eight_bit_linear, with_outliers
 from reporting import Row
 from torch import nn
 
@@ -24,10 +24,12 @@ from clipindex.allocator import keep_freed_memory
 from clipindex.batch_size import fastest_batch_size
 from clipindex.bench.ceilings import best_rate, image_flops, product_flops_per_s, synchronizer
 from clipindex.bench.corpus import write_corpus
+from clipindex.blocks import plain_linear, replace_blocks
 from clipindex.decode import decode_image
-from clipindex.devices import choose_precision
+from clipindex.devices import PRECISIONS, choose_precision
 from clipindex.encode import ImageTower
 from clipindex.models import LoadedModel, load_model
+from clipindex.placement import placed
 from clipindex.shards import list_shards, read_samples
 from clipindex.types import Float32Array, ModelSpec, Sample, UInt8Array
 
@@ -198,8 +200,13 @@ def _started(way: Way, setting: Setting) -> tuple[float, ImageTower, nn.Module]:
 
 def _built(way: Way, loaded: LoadedModel, device: torch.device) -> tuple[ImageTower, nn.Module]:
     tower = ImageTower(loaded, device=device, precision=way.precision)
-    # A copy in either case: what a tower need not convert it shares with the model, and other weights are written here.
-    module = copy.deepcopy(tower._tower) if way.make is None else rewritten(tower._tower, way.make)
+    if way.name == SHIPPED:
+        return tower, tower._tower
+    # A copy, since what need not be converted is shared with the model, and other weights are written here.
+    module = copy.deepcopy(placed(loaded.model.get_submodule("visual"), device, PRECISIONS[way.precision]))
+    if not way.is_open_clips:
+        make = plain_linear if way.layer is nn.Linear else partial(eight_bit_linear, way.layer)
+        replace_blocks(module, make)
     tower._tower = module if way.wrap is None else way.wrap(module)  # type: ignore[assignment]
     return tower, module
 
@@ -264,7 +271,9 @@ def _run(tower: ImageTower, at_once: int, setting: Setting) -> Callable[[], int]
 def _cosines(way: Way, tower: ImageTower, module: nn.Module, name: str, setting: Setting) -> dict[str, float]:
     """To fp32's. Other weights are put into the same tensors, so that nothing is compiled or captured again."""
     loaded, expected = setting.variants[name]
-    if loaded is not setting.loaded:
+    if loaded is not setting.loaded and way.wrap is None:
+        tower = _built(way, loaded, setting.device)[0]
+    elif loaded is not setting.loaded:
         if way.wrap is frozen:
             return {"least": math.nan, "mean": math.nan}  # its weights are constants; no others than "compiled"
         module.load_state_dict(_built(replace(way, wrap=None), loaded, setting.device)[1].state_dict())
@@ -288,8 +297,8 @@ def _note(way: Way, setting: Setting) -> str:
     """What helps to understand a row: of what a batch's time is made, and what the product of its numbers can do."""
     if way.name == SHIPPED:
         return f"bare bf16 product {setting.product / 1e12:.3g} TFLOP/s; {_parts(setting)}"
-    if way.make in (Int8Linear, Fp8Linear):
-        rate = _bare_8_bit(way.make is Int8Linear, setting.device)
+    if way.layer is not nn.Linear:
+        rate = _bare_8_bit(way.layer is Int8Linear, setting.device)
         return f"bare product {rate / 1e12:.3g} TFLOP/s"
     return ""
 

@@ -5,13 +5,11 @@ nothing has to be calibrated. Both the scale and the bias are applied to the pro
 """
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from open_clip.transformer import ResidualAttentionBlock
 from torch import nn
-from torch.nn import functional
 
 OUTLIER_CHANNELS = 4
 OUTLIER_FACTOR = 30.0
@@ -20,22 +18,6 @@ _INT8_MAX = 127.0
 _FP8 = torch.float8_e4m3fn
 _FP8_MAX = torch.finfo(_FP8).max
 _LEAST_SCALE = 1e-12  # of a token of zeros
-
-MakeLinear = Callable[[torch.Tensor, torch.Tensor], nn.Module]
-"""Weights [N, K] and bias [N] to a layer."""
-
-
-class Bf16Linear(nn.Module):
-    """As nn.Linear; so that what another attention brings, compiled above all, can be told from what 8 bits bring."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight.detach().clone())
-        self.register_buffer("bias", bias.detach().clone())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., K] to [..., N]."""
-        return functional.linear(x, self.get_buffer("weight"), self.get_buffer("bias"))
 
 
 class Int8Linear(nn.Module):
@@ -82,42 +64,12 @@ class Fp8Linear(nn.Module):
         return (product + self.get_buffer("bias")).to(x.dtype).reshape(*x.shape[:-1], -1)
 
 
-class Attention(nn.Module):
-    """Self-attention without a mask, as a ResidualAttentionBlock calls it, of layers that may be replaced."""
-
-    def __init__(self, attention: nn.MultiheadAttention, make: MakeLinear) -> None:
-        super().__init__()
-        self.num_heads = attention.num_heads
-        self.in_proj = make(attention.in_proj_weight, attention.in_proj_bias)
-        self.out_proj = make(attention.out_proj.weight, attention.out_proj.bias)
-
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: object
-    ) -> tuple[torch.Tensor, None]:
-        """[N, L, D] to the same and no weights; all three are one tensor, and there is no mask."""
-        number, length, dim = query.shape
-        projected = self.in_proj(query).view(number, length, 3, self.num_heads, dim // self.num_heads)
-        q, k, v = projected.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = functional.scaled_dot_product_attention(q, k, v)
-        return self.out_proj(mixed.transpose(1, 2).reshape(number, length, dim)), None
-
-
-def rewritten(tower: nn.Module, make: MakeLinear) -> nn.Module:
-    """A copy of a tower whose attentions and linear layers, where nearly all of its products are, are made anew.
-
-    Raises:
-        ValueError: the tower is not made of open_clip's usual blocks.
-    """
-    tower = copy.deepcopy(tower)
-    blocks = [part for part in tower.modules() if isinstance(part, ResidualAttentionBlock)]
-    if not blocks:
-        raise ValueError("no vision transformer of open_clip's usual blocks")
-    for block in blocks:
-        block.attn = Attention(block.attn, make)
-        for name in ("c_fc", "c_proj"):
-            layer: Any = getattr(block.mlp, name)
-            setattr(block.mlp, name, make(layer.weight, layer.bias))
-    return tower
+def eight_bit_linear(
+    kind: type[nn.Module], weight: torch.Tensor, bias: torch.Tensor, activation: nn.Module | None
+) -> nn.Module:
+    """With the kind first, a `clipindex.blocks.MakeLinear`."""
+    layer = kind(weight, bias)
+    return layer if activation is None else nn.Sequential(layer, activation)
 
 
 def with_outliers(tower: nn.Module, *, are_read: bool) -> nn.Module:
@@ -136,7 +88,7 @@ def with_outliers(tower: nn.Module, *, are_read: bool) -> nn.Module:
             How much trained models make of theirs lies between the two.
 
     Raises:
-        ValueError: as `rewritten`.
+        ValueError: the tower is not made of open_clip's usual blocks.
     """
     changed: Any = copy.deepcopy(tower)
     blocks = [part for part in changed.modules() if isinstance(part, ResidualAttentionBlock)]

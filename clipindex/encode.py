@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import open_clip
 import torch
-from open_clip.transformer import ResidualAttentionBlock, Transformer
 from torch import nn
 
+from clipindex.blocks import use_fast_blocks
 from clipindex.devices import PRECISIONS, stopwatch
 from clipindex.errors import ModelError, UsageError
 from clipindex.models import LoadedModel, Project, cut_projection
@@ -48,6 +48,7 @@ class ImageTower:
         if with_pre_projection or loaded.info.features == "pre-projection":
             projection = cut_projection(self._tower)
             self._project = projection if with_pre_projection else None
+        use_fast_blocks(self._tower, device, self._dtype)
         preprocess = loaded.info.preprocess
         mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (preprocess.mean, preprocess.std))
         # (x / 255 - mean) / std as one multiply-add
@@ -167,8 +168,7 @@ class TextTower:
         self._model: open_clip.CLIP = placed(loaded.model, device, PRECISIONS[precision], without=others)
         self._text: nn.Module = getattr(self._model, "text", self._model)
         self._context = _causal_context(self._text)
-        if getattr(self._text, "attn_mask", None) is not None:
-            _run_sequence_first(self._text)
+        use_fast_blocks(self._text, device, PRECISIONS[precision])
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> Float32Array:
@@ -231,16 +231,3 @@ def _causal_context(text: nn.Module) -> tuple[torch.Tensor, torch.Tensor] | None
     if pooling != "argmax" or mask is None or positions is None or getattr(text, "cls_emb", None) is not None:
         return None
     return mask, positions.detach()
-
-
-def _run_sequence_first(module: nn.Module) -> None:
-    """Let masked transformers run as [L, N, D] inside.
-
-    A float mask keeps nn.MultiheadAttention off its fast path, and its slow path transposes batch-first input
-    without copying it; the linear layer after that then copies its weight once for each token.
-    """
-    for part in module.modules():
-        if isinstance(part, Transformer) and all(isinstance(b, ResidualAttentionBlock) for b in part.resblocks):
-            part.batch_first = False
-            for block in part.resblocks:
-                block.attn.batch_first = False

@@ -30,6 +30,17 @@ MODELS = {
         "quick_gelu": True,
         "custom_text": True,
     },
+    "average": {
+        "embed_dim": 64,
+        "vision_cfg": VIT | {"pool_type": "avg", "ls_init_value": 0.5, "final_ln_after_pool": True},
+        "text_cfg": TEXT | {"pool_type": "last"},
+    },
+    "last-norm-first": {
+        "embed_dim": 64,
+        "vision_cfg": VIT | {"pool_type": "tok", "ls_init_value": 0.5, "final_ln_after_pool": True},
+        "text_cfg": TEXT | {"no_causal_mask": True},
+        "custom_text": True,
+    },
     "resnet": {
         "embed_dim": 64,
         "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None},
@@ -75,7 +86,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def loaded_models(tmp_path_factory):
-    """Random models whose normalisations are not trivial: at their start a wrong one would not show."""
+    """Random models whose normalisations and biases are not trivial: at their start a wrong one would not show."""
     cache = {}
 
     def load(name):
@@ -93,9 +104,9 @@ def loaded_models(tmp_path_factory):
 def tremble(model):
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
-        for name in ("weight", "bias", "running_mean"):
+        for name in ("weight", "bias", "running_mean", "in_proj_bias"):
             tensor = getattr(module, name, None)
-            if "Norm" in type(module).__name__ and isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and ("Norm" in type(module).__name__ or tensor.ndim == 1):
                 tensor.add_(TREMBLE * torch.randn(tensor.shape, generator=generator))
 
 
