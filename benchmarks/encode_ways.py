@@ -8,7 +8,7 @@ import torch
 from low_precision import Fp8Linear, Int8Linear
 from torch import nn
 
-from clipindex.blocks import Block
+from clipindex.towers.blocks import Block
 
 SHIPPED = "eager (as shipped)"
 

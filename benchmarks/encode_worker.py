@@ -24,13 +24,13 @@ from clipindex.allocator import keep_freed_memory
 from clipindex.batch_size import fastest_batch_size
 from clipindex.bench.ceilings import best_rate, image_flops, product_flops_per_s, synchronizer
 from clipindex.bench.corpus import write_corpus
-from clipindex.blocks import plain_linear, replace_blocks
 from clipindex.decode import decode_image
 from clipindex.devices import PRECISIONS, choose_precision
 from clipindex.encode import ImageTower
 from clipindex.models import LoadedModel, load_model
-from clipindex.placement import placed
 from clipindex.shards import list_shards, read_samples
+from clipindex.towers import placed
+from clipindex.towers.blocks import plain_linear, replace_blocks
 from clipindex.types import Float32Array, ModelSpec, Sample, UInt8Array
 
 COSTLY_S = 150.0

@@ -67,7 +67,7 @@ class Fp8Linear(nn.Module):
 def eight_bit_linear(
     kind: type[nn.Module], weight: torch.Tensor, bias: torch.Tensor, activation: nn.Module | None
 ) -> nn.Module:
-    """With the kind first, a `clipindex.blocks.MakeLinear`."""
+    """With the kind first, a `clipindex.towers.blocks.MakeLinear`."""
     layer = kind(weight, bias)
     return layer if activation is None else nn.Sequential(layer, activation)
 

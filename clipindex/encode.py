@@ -9,11 +9,10 @@ import open_clip
 import torch
 from torch import nn
 
-from clipindex.blocks import use_fast_blocks
 from clipindex.devices import PRECISIONS, stopwatch
 from clipindex.errors import ModelError, UsageError
 from clipindex.models import LoadedModel, Project, cut_projection
-from clipindex.placement import placed
+from clipindex.towers import placed, use_fast_blocks
 from clipindex.types import Encoding, Float32Array, UInt8Array, Vectors
 
 log = logging.getLogger(__name__)

@@ -6,18 +6,9 @@ import torch
 from open_clip.transformer import CustomTransformer, Transformer, VisionTransformer
 from torch import nn
 
-from clipindex import blocks
-from clipindex.blocks import (
-    Block,
-    PackedLinear,
-    PackedPatches,
-    attend,
-    attend_fused,
-    can_pack,
-    is_of_patches,
-    plain_linear,
-    replace_blocks,
-)
+from clipindex.towers import blocks
+from clipindex.towers.blocks import Block, attend, attend_fused, plain_linear, replace_blocks
+from clipindex.towers.packed import PackedLinear, PackedPatches, can_pack, is_of_patches
 
 
 def tower(**changes):

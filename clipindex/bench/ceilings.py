@@ -12,11 +12,11 @@ import simplejpeg
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipindex.blocks import PackedLinear, can_pack
 from clipindex.decode.on_device import decode_jpegs
 from clipindex.devices import PRECISIONS
 from clipindex.models import LoadedModel
 from clipindex.pipeline.feed import DECODE_CHUNK
+from clipindex.towers import PackedLinear, can_pack
 
 REPEATS = 3
 LEAST_S = 0.5
