@@ -24,6 +24,7 @@ from clipindex.encode import TextTower
 from clipindex.errors import ModelError, StoreError, UsageError
 from clipindex.metrics import retrieval_recall
 from clipindex.models import load_model_of
+from clipindex.products import multiply
 from clipindex.store import EmbeddingBatch, check_cosines, read_dataset, read_embeddings
 from clipindex.types import Float32Array, IntArray, ModelSpec, TextEncoder
 
@@ -222,7 +223,7 @@ def _rank(
         for first in range(0, len(own), CAPTIONS_AT_ONCE):
             there = slice(first, first + CAPTIONS_AT_ONCE)
             texts = torch.from_numpy(captions.vectors[captions.texts[there]]).to(device)
-            scores = texts @ images.to(device).T
+            scores = multiply(texts, images.to(device).T)
             text_counts[:, there] += _count(scores, own[there, None].to(device), dim=1)
             image_counts[:, here] += _count(scores, best[here].to(device), dim=0)
         done += len(images)

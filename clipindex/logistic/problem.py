@@ -6,6 +6,7 @@ import torch
 
 from clipindex.logistic.blocks import Block, Passes, map_blocks
 from clipindex.logistic.losses import Loss, Multinomial
+from clipindex.products import multiply
 from clipindex.threads import one_thread
 
 _RANK_TOLERANCE = 1e-12  # of the largest eigenvalue; in float64, rows that say the same come out at 1e-16 of it
@@ -60,7 +61,7 @@ class Problem:
             weight = x.new_ones(len(x)) if found is None else found
             first = weight @ x
             x = x.mul_(weight.sqrt()[:, None])  # float32: rounded to 8 bits, products hide small moments
-            return weight.sum(dtype=torch.float64), first.double(), (x.T @ x).double()
+            return weight.sum(dtype=torch.float64), first.double(), multiply(x.T, x).double()
 
         total, first, second = (pivot.new_zeros((), dtype=torch.float64) for _ in range(3))
         for weight, sums, products in map_blocks(of_block, self._passes()):
@@ -107,8 +108,8 @@ class Problem:
 
         def of_block(block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             x = block.values if is_held else self._centred(block, low)
-            losses, residual = self.loss.evaluate((x @ factor).float() + intercept, block.labels)
-            return losses, residual.to(x.dtype).T @ x, residual.sum(0)
+            losses, residual = self.loss.evaluate(multiply(x, factor).float() + intercept, block.labels)
+            return losses, multiply(residual.to(x.dtype).T, x), residual.sum(0)
 
         loss = torch.zeros(self.loss.num_parts, dtype=torch.float64, device=theta.device)
         gradient = torch.zeros_like(theta)
@@ -128,7 +129,7 @@ class Problem:
         of_intercept = 1 / (self.total * curvature)
 
         def apply(gradient: torch.Tensor) -> torch.Tensor:
-            weights = (gradient[:, :-1] @ self._vectors * scale) @ self._vectors.T
+            weights = multiply(multiply(gradient[:, :-1], self._vectors) * scale, self._vectors.T)
             return torch.cat([weights, gradient[:, -1:] * of_intercept], 1)
 
         return apply

@@ -19,6 +19,7 @@ from clipindex.probing.lists import LISTS_COLUMN, label_kinds, read_all_lists, t
 from clipindex.probing.probe import Probe
 from clipindex.probing.ranking import EVALUATION_PASSES, MultiLabelEvaluation, evaluate_lists
 from clipindex.probing.rows import Ids, Labels, Streamed, read_all_labels, take_part
+from clipindex.products import multiply
 from clipindex.store import LABELS_TYPE, NORM_COLUMNS, AtomicParquet, find_vectors, read_dataset, read_embeddings
 
 NUM_RANKED = 5
@@ -163,7 +164,7 @@ def count(
 def best_classes(x: torch.Tensor, linear: Linear, number: int, independent: bool = False) -> torch.return_types.topk:
     """The best classes [n, at most number] of features [n, D], and their probabilities, each on its own or of all."""
     weights, intercept = linear
-    logits = x @ weights.T + intercept
+    logits = multiply(x, weights.T) + intercept
     return torch.topk(torch.sigmoid(logits) if independent else torch.softmax(logits, 1), min(number, len(intercept)))
 
 

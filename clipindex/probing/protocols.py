@@ -9,6 +9,7 @@ import torch
 from clipindex.errors import UsageError
 from clipindex.logistic import Fit, Passes, Problem, block_rows, fit, map_blocks
 from clipindex.probing.rows import Ids, Rows
+from clipindex.products import multiply
 
 README_C = 0.316
 PROTOCOLS = {
@@ -198,7 +199,7 @@ def measure(passes: Passes, weights: torch.Tensor, intercept: torch.Tensor) -> f
     """Top-1 accuracy."""
     hits, rows = 0, 0
     for right in map_blocks(
-        lambda block: (block.features() @ weights.T + intercept).argmax(1) == block.labels, passes()
+        lambda block: (multiply(block.features(), weights.T) + intercept).argmax(1) == block.labels, passes()
     ):
         hits += int(right.sum())
         rows += len(right)
