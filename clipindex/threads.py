@@ -63,8 +63,8 @@ def _map_in_order(
 def one_thread() -> Iterator[None]:
     """For many small computations, at which a team of threads is slower, and much so on a busy machine.
 
-    PyTorch has one in the caller's thread, and in threads that begin meanwhile; BLAS, which NumPy multiplies by, has one
-    for each that calls it, in all of the process.
+    PyTorch has one in the caller's thread, and in threads that begin meanwhile. BLAS, which NumPy multiplies by, has
+    one for each thread that calls it, in all of the process.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -21,7 +21,6 @@ class Problem:
         class_weights: Float32 [C], factors of the losses of each class; ones by default.
         loss: In place of a multinomial one with these weights.
         low: A type whose matrix products are faster on the device than those of float32, if there is one.
-        hold: Whether centred rows may be kept in that type.
     """
 
     def __init__(
@@ -32,14 +31,11 @@ class Problem:
         class_weights: torch.Tensor | None = None,
         loss: Loss | None = None,
         low: torch.dtype | None = None,
-        hold: bool = False,
     ) -> None:
         self.num_classes = num_classes
         self.loss = loss if loss is not None else Multinomial(num_classes, class_weights)
         self.low = low
         self._passes = passes
-        self._hold = hold
-        self._held: list[Block] | None = None
         self._measure()
 
     @one_thread()
@@ -93,27 +89,19 @@ class Problem:
         x = block.features().sub_(self.mean)
         return x.to(self.low) if low else x
 
-    def _lowered(self) -> list[Block]:
-        """Centred rows in the low type, kept."""
-        if self._held is None:
-            blocks = map_blocks(lambda block: (self._centred(block, low=True), block.labels), self._passes())
-            self._held = [Block(x, None, labels) for x, labels in blocks]
-        return self._held
-
     def evaluate(self, theta: torch.Tensor, c: float, low: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """The objective's parts, float64, and its gradient at weights and intercepts [C, D + 1] of centred rows."""
         weights, intercept = theta[:, :-1], theta[:, -1]
         factor = weights.T.to(self.low if low else theta.dtype)
-        is_held = low and self._hold
 
         def of_block(block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            x = block.values if is_held else self._centred(block, low)
+            x = self._centred(block, low)
             losses, residual = self.loss.evaluate(multiply(x, factor).float() + intercept, block.labels)
             return losses, multiply(residual.to(x.dtype).T, x), residual.sum(0)
 
         loss = torch.zeros(self.loss.num_parts, dtype=torch.float64, device=theta.device)
         gradient = torch.zeros_like(theta)
-        for losses, products, sums in map_blocks(of_block, self._lowered() if is_held else self._passes()):
+        for losses, products, sums in map_blocks(of_block, self._passes()):
             loss += losses
             gradient[:, :-1] += products
             gradient[:, -1] += sums
@@ -129,7 +117,7 @@ class Problem:
         of_intercept = 1 / (self.total * curvature)
 
         def apply(gradient: torch.Tensor) -> torch.Tensor:
-            weights = multiply(multiply(gradient[:, :-1], self._vectors) * scale, self._vectors.T)
+            weights = (gradient[:, :-1] @ self._vectors * scale) @ self._vectors.T
             return torch.cat([weights, gradient[:, -1:] * of_intercept], 1)
 
         return apply

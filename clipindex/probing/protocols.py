@@ -99,8 +99,6 @@ class Setting:
     """Whether losses have the factor n / (C * rows of the class), as scikit-learn's class_weight='balanced'."""
     low: torch.dtype | None
     """For products in the first passes; see `logistic.Problem`."""
-    hold: bool
-    """Whether rows may be held in that type."""
     device: torch.device
     on_pass: Callable[[str], None]
     """Called after each pass, with what is being done."""
@@ -114,7 +112,6 @@ def pose(rows: Rows, chosen: Ids | None, setting: Setting) -> Problem:
         setting.num_classes,
         class_weights=_balance(class_ids, setting) if setting.balanced else None,
         low=setting.low,
-        hold=setting.hold,
     )
 
 

@@ -30,8 +30,6 @@ LABEL_COLUMN = "label"
 _BATCHES_AHEAD = 2
 _MEMORY_SHARE = 4
 """A quarter of the machine's memory may hold embeddings, unless the user says otherwise."""
-_HELD_COPIES_BYTES = 2
-"""Of each component: in bfloat16, beside the stored type."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,9 +136,9 @@ class Streamed:
 
     @property
     def held_bytes(self) -> int:
-        """What `hold` and the copy of `logistic.Problem` would take."""
+        """What `hold` would take."""
         widest = max(np.dtype(read_dataset(part.folder).dtype).itemsize for part in self._parts)
-        return len(self.class_ids) * self.dim * (widest + _HELD_COPIES_BYTES)
+        return len(self.class_ids) * self.dim * widest
 
     def passes(self, chosen: Ids | None = None, at_once: int = 2048) -> Passes:
         """Passes over rows, or over those whose numbers among them are `chosen`, ascending."""
@@ -217,9 +215,9 @@ class Held:
 
     def passes(self, chosen: Ids | None = None, at_once: int = 2048) -> Passes:
         """Passes over rows, or over those whose numbers are `chosen`, in that order."""
-        device = self.embedding.device
-        numbers = None if chosen is None else torch.from_numpy(chosen).to(device)
-        count = len(self.labels) if numbers is None else len(numbers)
+        count = len(self.labels) if chosen is None else len(chosen)
+        is_all = chosen is None or np.array_equal(chosen, np.arange(len(self.labels)))  # slices are no copies
+        numbers = None if chosen is None or is_all else torch.from_numpy(chosen).to(self.embedding.device)
 
         def blocks() -> Iterator[Block]:
             for first in range(0, count, at_once):
@@ -243,7 +241,7 @@ Rows = Streamed | Held
 
 
 def hold_if_fits(rows: Streamed, memory_bytes: int | None, device: torch.device, chosen: Ids | None = None) -> Rows:
-    """The rows in memory, where they and the solver's copy of them fit into what may be used.
+    """The rows in memory, where they fit into what may be used.
 
     Args:
         rows: The rows.
