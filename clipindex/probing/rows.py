@@ -7,7 +7,6 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -215,26 +214,29 @@ class Held:
 
     def passes(self, chosen: Ids | None = None, at_once: int = 2048) -> Passes:
         """Passes over rows, or over those whose numbers are `chosen`, in that order."""
-        count = len(self.labels) if chosen is None else len(chosen)
-        is_all = chosen is None or np.array_equal(chosen, np.arange(len(self.labels)))  # slices are no copies
-        numbers = None if chosen is None or is_all else torch.from_numpy(chosen).to(self.embedding.device)
+        device = self.embedding.device
+        numbers = None if chosen is None else torch.from_numpy(chosen).to(device)
+        count = len(self.labels) if numbers is None else len(numbers)
 
         def blocks() -> Iterator[Block]:
             for first in range(0, count, at_once):
-                rows: Any = slice(first, first + at_once) if numbers is None else numbers[first : first + at_once]
-                yield Block(self.embedding[rows], None if self.norm is None else self.norm[rows], self.labels[rows])
+                part = slice(first, first + at_once)
+                if numbers is None:
+                    yield Block(self.embedding[part], None if self.norm is None else self.norm[part], self.labels[part])
+                else:
+                    yield Block(*self._take(numbers[part]))
 
         return blocks
 
     def hold(self, chosen: Ids) -> "Held":
         """Some of the rows, in the order of `chosen`."""
-        numbers = torch.from_numpy(chosen).to(self.embedding.device)
-        return Held(
-            embedding=self.embedding[numbers],
-            norm=None if self.norm is None else self.norm[numbers],
-            labels=self.labels[numbers],
-            class_ids=self.class_ids[chosen],
-        )
+        embedding, norm, labels = self._take(torch.from_numpy(chosen).to(self.embedding.device))
+        return Held(embedding=embedding, norm=norm, labels=labels, class_ids=self.class_ids[chosen])
+
+    def _take(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Embeddings, norms and labels of some rows; by `index_select`, which takes an eighth of indexing's time on a CPU."""
+        norm = None if self.norm is None else self.norm[numbers]
+        return self.embedding.index_select(0, numbers), norm, self.labels[numbers]
 
 
 Rows = Streamed | Held
