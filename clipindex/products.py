@@ -15,7 +15,11 @@ def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     PyTorch's wheels multiply float32 by MKL, which keeps its AVX-512 kernels from AMD's cores; the OpenBLAS of NumPy's
     wheels has them for all. On one core of an EPYC (Zen 5), [2048, 512] by [512, 100]: 213 against 97 GFLOP/s, and 331
     against 109 of a matrix by its own transpose, of which NumPy computes one half. Where OpenBLAS has no more than
-    AVX2: 119 against 97, and 201. Both take the threads that `threads` leaves them.
+    AVX2: 119 against 97, and 201.
+
+    To be called from within `threads.map_in_order` or `threads.one_thread`. Elsewhere OpenBLAS has a team of threads,
+    which spin for a while after a product and take the cores from PyTorch's: together they took twice to three times as
+    long as PyTorch alone.
 
     Args:
         left: [n, d], contiguous or the transpose of what is; of others there is a copy.

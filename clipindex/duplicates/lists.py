@@ -18,7 +18,6 @@ from clipindex.errors import StoreError
 from clipindex.index.files import REBUILD
 from clipindex.index.search import lists_of
 from clipindex.nearest import Arithmetic, nonzero
-from clipindex.products import multiply
 from clipindex.threads import map_in_order, num_cores
 from clipindex.types import IntArray
 
@@ -65,7 +64,7 @@ def _nearest(centroids: torch.Tensor) -> IntArray:
     found = []
     for first in range(0, len(centroids), size):
         own = torch.arange(first, min(first + size, len(centroids)))
-        scores = multiply(centroids[own], centroids.T)
+        scores = centroids[own] @ centroids.T
         scores[torch.arange(len(own)), own] = torch.inf
         found.append(scores.topk(min(NEAR, len(centroids)), dim=1).indices)
     return torch.cat(found).numpy()

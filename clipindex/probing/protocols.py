@@ -10,6 +10,7 @@ from clipindex.errors import UsageError
 from clipindex.logistic import Fit, Passes, Problem, block_rows, fit, map_blocks
 from clipindex.probing.rows import Ids, Rows
 from clipindex.products import multiply
+from clipindex.threads import one_thread
 
 README_C = 0.316
 PROTOCOLS = {
@@ -135,6 +136,7 @@ def search_c(rows: Rows, training: Ids, validation: Ids, setting: Setting) -> tu
     )
 
 
+@one_thread()
 def search_strength(
     problem: Problem, score: Callable[[Fit], float], on_pass: Callable[[str], None]
 ) -> tuple[Fit, list[Trial]]:

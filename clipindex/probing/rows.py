@@ -234,7 +234,7 @@ class Held:
         return Held(embedding=embedding, norm=norm, labels=labels, class_ids=self.class_ids[chosen])
 
     def _take(self, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Embeddings, norms and labels of some rows; by `index_select`, which takes an eighth of indexing's time on a CPU."""
+        """Embeddings, norms and labels of rows; by `index_select`, as indexing takes eight times as long on a CPU."""
         norm = None if self.norm is None else self.norm[numbers]
         return self.embedding.index_select(0, numbers), norm, self.labels[numbers]
 
