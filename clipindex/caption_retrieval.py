@@ -5,6 +5,7 @@ A caption is a line of a row's `caption` (`str.splitlines`), as in CLIP_benchmar
 is counted: that takes a few numbers for each caption and each image.
 """
 
+import contextlib
 import hashlib
 import json
 import tempfile
@@ -24,7 +25,9 @@ from clipindex.encode import TextTower
 from clipindex.errors import ModelError, StoreError, UsageError
 from clipindex.metrics import retrieval_recall
 from clipindex.models import load_model_of
+from clipindex.products import multiply
 from clipindex.store import EmbeddingBatch, check_cosines, read_dataset, read_embeddings
+from clipindex.threads import map_in_order, num_cores
 from clipindex.types import Float32Array, IntArray, ModelSpec, TextEncoder
 
 METRICS_FILE = "metrics.json"
@@ -82,6 +85,17 @@ class _Ranks(NamedTuple):
     above: IntArray
     level: IntArray
     right: IntArray
+
+
+class _Block(NamedTuple):
+    """Images and captions that are compared at once."""
+
+    images: torch.Tensor
+    """Vectors [n, D]."""
+    here: slice
+    """Their places among all images."""
+    there: slice
+    """Those of the captions; the last ones' may end behind all."""
 
 
 def measure_retrieval(
@@ -216,19 +230,31 @@ def _rank(
     starts = np.flatnonzero(np.diff(captions.images, prepend=-1))
     best = torch.from_numpy(np.maximum.reduceat(captions.own, starts))
     text_counts, image_counts = (torch.zeros(2, len(each), dtype=torch.int64) for each in (own, best))
+
+    def compare(block: _Block) -> tuple[_Block, torch.Tensor, torch.Tensor]:
+        texts = torch.from_numpy(captions.vectors[captions.texts[block.there]]).to(device)
+        scores = multiply(texts, block.images.to(device).T)
+        by_text = _count(scores, own[block.there, None].to(device), dim=1)
+        return block, by_text, _count(scores, best[block.here].to(device), dim=0)
+
+    at_once = num_cores() if device.type == "cpu" else 1
+    with contextlib.closing(map_in_order(compare, _blocks(folder, captions), at_once)) as compared:
+        for block, by_text, by_image in compared:
+            text_counts[:, block.there] += by_text
+            image_counts[:, block.here] += by_image
+            if block.there.stop >= len(own):
+                on_images(block.here.stop, len(best))
+    right = np.add.reduceat((captions.own >= np.repeat(best.numpy(), np.diff([*starts, len(own)])) - SAME), starts)
+    return _ranks(text_counts.numpy(), np.ones(len(own), np.int64)), _ranks(image_counts.numpy(), right)
+
+
+def _blocks(folder: Path, captions: _Captions) -> Iterator[_Block]:
     done = 0
     for images in _image_vectors(folder, captions):
         here = slice(done, done + len(images))
-        for first in range(0, len(own), CAPTIONS_AT_ONCE):
-            there = slice(first, first + CAPTIONS_AT_ONCE)
-            texts = torch.from_numpy(captions.vectors[captions.texts[there]]).to(device)
-            scores = texts @ images.to(device).T
-            text_counts[:, there] += _count(scores, own[there, None].to(device), dim=1)
-            image_counts[:, here] += _count(scores, best[here].to(device), dim=0)
+        for first in range(0, len(captions.texts), CAPTIONS_AT_ONCE):
+            yield _Block(images, here, slice(first, first + CAPTIONS_AT_ONCE))
         done += len(images)
-        on_images(done, len(best))
-    right = np.add.reduceat((captions.own >= np.repeat(best.numpy(), np.diff([*starts, len(own)])) - SAME), starts)
-    return _ranks(text_counts.numpy(), np.ones(len(own), np.int64)), _ranks(image_counts.numpy(), right)
 
 
 def _image_vectors(folder: Path, captions: _Captions) -> Iterator[torch.Tensor]:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from clipindex.average_precision import BLOCK_SCORES, AveragePrecision, ScoreBlock, measure_average_precision
 from clipindex.errors import ClassesError
-from clipindex.index.exact import widened
+from clipindex.products import widened
 from clipindex.store import LABELS_TYPE, read_columns, read_embeddings
 from clipindex.types import Float32Array, IntArray
 

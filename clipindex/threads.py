@@ -39,15 +39,12 @@ def map_in_order(
     The consumer's thread draws the items. An exception of `function` reaches the consumer at its result's place.
     Meanwhile PyTorch and BLAS have one thread a caller: teams of them that wait for each other waste a busy machine.
     """
-    pool = ThreadPoolExecutor(num_threads)
-    torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1, user_api="blas"):
+    with one_thread():
+        pool = ThreadPoolExecutor(num_threads)
+        try:
             yield from _map_in_order(pool, num_threads, function, items)
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(torch_threads)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _map_in_order(
@@ -64,13 +61,45 @@ def _map_in_order(
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """For many small computations, at which a team of PyTorch's threads is slower, and much so on a busy machine."""
+    """For many small computations, at which a team of threads is slower, and much so on a busy machine.
+
+    PyTorch has one in the caller's thread, and in threads that begin meanwhile. BLAS, which NumPy multiplies by, has
+    one for each thread that calls it, in all of the process.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with _one_blas_thread:
+            yield
     finally:
         torch.set_num_threads(threads)
+
+
+class _OneBlasThread:
+    """The first who wants it limits the process's BLAS, the last one ends that, in whatever order they come and go.
+
+    Finding the libraries takes a millisecond, which a pass over the data within a descent should not pay each time.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._limits: threadpool_limits | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._limits = threadpool_limits(1, user_api="blas")
+            self._users += 1
+
+    def __exit__(self, *raised: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users and self._limits is not None:
+                self._limits.restore_original_limits()
+
+
+_one_blas_thread = _OneBlasThread()
 
 
 def prefetch(items: Iterable[Item], size: int) -> Generator[Item, None, None]:

@@ -36,7 +36,7 @@ def reference(x, y, c, **options):
 @pytest.mark.parametrize("c", [1e-5, 0.01, 0.316, 30.0])
 def test_the_minimum_is_scikit_learns(c, low):
     x, y = features(700)
-    found, expected = fit(problem(x, y, low=low, hold=True), c), reference(x, y, c)
+    found, expected = fit(problem(x, y, low=low), c), reference(x, y, c)
     best = objective(expected.coef_, expected.intercept_, x, y, c)
     assert found.converged
     assert objective(found.weights, found.intercept, x, y, c) == pytest.approx(best, rel=1e-5)
@@ -124,7 +124,7 @@ def test_a_weak_penalty_does_not_leave_a_fit_where_it_began(c, low):
     # A spectrum of six decades in directions of no axis: rounded to 8 bits, its moments are lost in each other.
     basis = np.linalg.qr(np.random.default_rng(0).normal(size=(64, 64)))[0]
     x = ((x @ basis) * np.logspace(0.5, -2.5, 64) @ basis.T).astype(np.float32)
-    found = fit(problem(x, y, low=low, hold=True), c)
+    found = fit(problem(x, y, low=low), c)
     right = (torch.from_numpy(x) @ found.weights.T + found.intercept).argmax(1).numpy() == y
     assert right.mean() > 0.9
     assert found.objective < 0.5 * c * len(y) * np.log(10)
@@ -148,6 +148,6 @@ def test_a_gpu_finds_the_same_minimum(low):
     x, y = features(3000)
     here = fit(problem(x, y), 0.316)
     rows, labels = torch.from_numpy(x).cuda(), torch.from_numpy(y).cuda()
-    there = fit(Problem(lambda: [Block(rows, None, labels)], 7, low=low, hold=True), 0.316)
+    there = fit(Problem(lambda: [Block(rows, None, labels)], 7, low=low), 0.316)
     assert there.objective == pytest.approx(here.objective, rel=1e-5)
     assert there.weights.device.type == "cuda"

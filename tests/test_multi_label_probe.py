@@ -108,7 +108,7 @@ def problem(x, truth, *, balanced=False, at_once=300, **options):
 @pytest.mark.parametrize("c", [1e-4, 0.316, 30.0])
 def test_the_minimum_of_each_class_is_scikit_learns(c, low, balanced):
     x, truth = drawn(900)
-    found = fit(problem(x, truth, balanced=balanced, low=low, hold=True), c)
+    found = fit(problem(x, truth, balanced=balanced, low=low), c)
     model = theirs(x, truth, c, **({"class_weight": "balanced"} if balanced else {}))
     weights, intercept = (np.concatenate([getattr(one, name) for one in model.estimators_])
                           for name in ("coef_", "intercept_"))  # fmt: skip

@@ -18,6 +18,7 @@ import torch
 from clipindex.duplicates.lists import SCORES_AT_ONCE, Lists, lacks, one_list
 from clipindex.duplicates.rows import Rows, checked_unit, unit
 from clipindex.nearest import Arithmetic, limits
+from clipindex.products import multiply
 from clipindex.recall import draw_rows, read_drawn
 from clipindex.store import EmbeddingBatch
 from clipindex.threads import map_in_order, num_cores
@@ -157,7 +158,7 @@ def count_pairs(
         for some in (slice(begin, begin + size) for begin in range(0, len(ids), size)):
             vectors = checked_unit(batch, some)
             near = ((rounded @ arithmetic.rounded(vectors).T).amax(dim=0) >= possible).nonzero()[:, 0].cpu()
-            cosines = sample.vectors @ vectors[near].T
+            cosines = multiply(sample.vectors, vectors[near].T)
             one, other = (cosines >= threshold - SAME).nonzero(as_tuple=True)
             home = torch.from_numpy(lists.home[ids[some]][near.numpy()].astype(np.int64))
             lack = lacks(lists, vectors[near], home, arithmetic)

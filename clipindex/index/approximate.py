@@ -13,7 +13,8 @@ import faiss
 import numpy as np
 import torch
 
-from clipindex.index.exact import SCAN_ROWS, SCAN_SCORES, Neighbours, scratch, stored_vectors, widened
+from clipindex.index.exact import SCAN_ROWS, SCAN_SCORES, Neighbours, stored_vectors
+from clipindex.products import scratch, widened
 
 TILE = 2048
 """Vectors multiplied at once: scores of 512 queries are 2 MB, which stay in the cache while they are looked at."""

@@ -1,13 +1,13 @@
 """Exact search of class vectors, with probabilities."""
 
 import math
-import threading
 from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
 import torch
 
+from clipindex.products import scratch, widened
 from clipindex.types import Float32Array
 
 SCAN_ROWS = 512
@@ -95,22 +95,3 @@ def _scan_block(
     others = torch.from_numpy(scores).sub_(torch.from_numpy(top)).mul_(logit_scale * math.log2(math.e)).exp2_()
     total = kept.sum(axis=1, keepdims=True) + others.sum(1, keepdim=True).numpy()
     return Neighbours(ids, cosines, kept / total)
-
-
-def widened(queries: np.ndarray[Any, Any]) -> Float32Array:
-    """Queries [N, D] in float32; PyTorch widens half floats ten times as fast as NumPy."""
-    wide = scratch("queries", *queries.shape)
-    torch.from_numpy(wide).copy_(torch.from_numpy(queries))
-    return wide
-
-
-_memory = threading.local()
-
-
-def scratch(name: str, rows: int, columns: int) -> Float32Array:
-    """Memory [rows, columns] that a thread uses again: faulting fresh pages in costs a fifth of the product."""
-    memory: Float32Array | None = getattr(_memory, name, None)
-    if memory is None or memory.size < rows * columns:
-        memory = np.empty(rows * columns, np.float32)
-        setattr(_memory, name, memory)
-    return memory[: rows * columns].reshape(rows, columns)

@@ -6,6 +6,7 @@ import torch
 
 from clipindex.logistic.blocks import Block, Passes, map_blocks
 from clipindex.logistic.losses import Loss, Multinomial
+from clipindex.products import multiply
 from clipindex.threads import one_thread
 
 _RANK_TOLERANCE = 1e-12  # of the largest eigenvalue; in float64, rows that say the same come out at 1e-16 of it
@@ -20,7 +21,6 @@ class Problem:
         class_weights: Float32 [C], factors of the losses of each class; ones by default.
         loss: In place of a multinomial one with these weights.
         low: A type whose matrix products are faster on the device than those of float32, if there is one.
-        hold: Whether centred rows may be kept in that type.
     """
 
     def __init__(
@@ -31,14 +31,11 @@ class Problem:
         class_weights: torch.Tensor | None = None,
         loss: Loss | None = None,
         low: torch.dtype | None = None,
-        hold: bool = False,
     ) -> None:
         self.num_classes = num_classes
         self.loss = loss if loss is not None else Multinomial(num_classes, class_weights)
         self.low = low
         self._passes = passes
-        self._hold = hold
-        self._held: list[Block] | None = None
         self._measure()
 
     @one_thread()
@@ -60,7 +57,7 @@ class Problem:
             weight = x.new_ones(len(x)) if found is None else found
             first = weight @ x
             x = x.mul_(weight.sqrt()[:, None])  # float32: rounded to 8 bits, products hide small moments
-            return weight.sum(dtype=torch.float64), first.double(), (x.T @ x).double()
+            return weight.sum(dtype=torch.float64), first.double(), multiply(x.T, x).double()
 
         total, first, second = (pivot.new_zeros((), dtype=torch.float64) for _ in range(3))
         for weight, sums, products in map_blocks(of_block, self._passes()):
@@ -92,27 +89,19 @@ class Problem:
         x = block.features().sub_(self.mean)
         return x.to(self.low) if low else x
 
-    def _lowered(self) -> list[Block]:
-        """Centred rows in the low type, kept."""
-        if self._held is None:
-            blocks = map_blocks(lambda block: (self._centred(block, low=True), block.labels), self._passes())
-            self._held = [Block(x, None, labels) for x, labels in blocks]
-        return self._held
-
     def evaluate(self, theta: torch.Tensor, c: float, low: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """The objective's parts, float64, and its gradient at weights and intercepts [C, D + 1] of centred rows."""
         weights, intercept = theta[:, :-1], theta[:, -1]
         factor = weights.T.to(self.low if low else theta.dtype)
-        is_held = low and self._hold
 
         def of_block(block: Block) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-            x = block.values if is_held else self._centred(block, low)
-            losses, residual = self.loss.evaluate((x @ factor).float() + intercept, block.labels)
-            return losses, residual.to(x.dtype).T @ x, residual.sum(0)
+            x = self._centred(block, low)
+            losses, residual = self.loss.evaluate(multiply(x, factor).float() + intercept, block.labels)
+            return losses, multiply(residual.to(x.dtype).T, x), residual.sum(0)
 
         loss = torch.zeros(self.loss.num_parts, dtype=torch.float64, device=theta.device)
         gradient = torch.zeros_like(theta)
-        for losses, products, sums in map_blocks(of_block, self._lowered() if is_held else self._passes()):
+        for losses, products, sums in map_blocks(of_block, self._passes()):
             loss += losses
             gradient[:, :-1] += products
             gradient[:, -1] += sums

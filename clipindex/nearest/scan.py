@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from clipindex.nearest.found import Filter, Nearest
+from clipindex.products import multiply
 from clipindex.store import EmbeddingBatch, check_cosines, read_embeddings
 from clipindex.threads import map_in_order, num_cores
 from clipindex.types import Float32Array, IntArray
@@ -59,7 +60,7 @@ def _better(
         return torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), torch.empty(0)
     parts = []
     for first in range(0, len(queries), QUERIES_AT_ONCE):
-        scores = queries[first : first + QUERIES_AT_ONCE] @ vectors.T
+        scores = multiply(queries[first : first + QUERIES_AT_ONCE], vectors.T)
         check_cosines(batch, scores.amax(dim=1).cpu().numpy())
         least = worst[first : first + QUERIES_AT_ONCE]
         if torch.isinf(least).any():  # nothing to compare with yet

@@ -241,7 +241,6 @@ def _fit_full(
         num_classes=len(task.classes),
         balanced=False,
         low=low_precision(settings.device),
-        hold=isinstance(own.rows, Held),
         device=settings.device,
         on_pass=say,
     )

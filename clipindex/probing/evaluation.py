@@ -1,5 +1,7 @@
 """How good a probe is on labelled rows, and what it says of any rows."""
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +21,17 @@ from clipindex.probing.lists import LISTS_COLUMN, label_kinds, read_all_lists, t
 from clipindex.probing.probe import Probe
 from clipindex.probing.ranking import EVALUATION_PASSES, MultiLabelEvaluation, evaluate_lists
 from clipindex.probing.rows import Ids, Labels, Streamed, read_all_labels, take_part
-from clipindex.store import LABELS_TYPE, NORM_COLUMNS, AtomicParquet, find_vectors, read_dataset, read_embeddings
+from clipindex.products import multiply
+from clipindex.store import (
+    LABELS_TYPE,
+    NORM_COLUMNS,
+    AtomicParquet,
+    EmbeddingBatch,
+    find_vectors,
+    read_dataset,
+    read_embeddings,
+)
+from clipindex.threads import map_in_order, num_cores
 
 NUM_RANKED = 5
 
@@ -163,7 +175,7 @@ def count(
 def best_classes(x: torch.Tensor, linear: Linear, number: int, independent: bool = False) -> torch.return_types.topk:
     """The best classes [n, at most number] of features [n, D], and their probabilities, each on its own or of all."""
     weights, intercept = linear
-    logits = x @ weights.T + intercept
+    logits = multiply(x, weights.T) + intercept
     return torch.topk(torch.sigmoid(logits) if independent else torch.softmax(logits, 1), min(number, len(intercept)))
 
 
@@ -243,35 +255,16 @@ def write_predictions(
     chosen = choose_device(device)
     linear = (probe.weights.to(chosen), probe.intercept.to(chosen))
     top = min(top, len(probe.classes))
-    labels = pa.array(probe.classes, pa.int32())
-    names = pa.array([probe.name(at) for at in range(len(probe.classes))], pa.string())
-    truth = LISTS_COLUMN if probe.multi_label else "label"
-    schema = _prediction_schema(top, truth)
-    parquet = AtomicParquet(Path(out), schema, compression="zstd")
+    batches = read_embeddings(folder, ("key", "label", "labels", norm), vectors=vectors)
+    parquet = AtomicParquet(Path(out), _prediction_schema(probe, top), compression="zstd")
+    predict = functools.partial(_predictions, folder=folder, probe=probe, linear=linear, norm=norm, top=top)
     rows = 0
     try:
-        for batch in read_embeddings(folder, ("key", "label", "labels", norm), vectors=vectors):
-            x = torch.from_numpy(batch.embedding).to(chosen).float()
-            if probe.features == "raw":
-                x = x * torch.from_numpy(batch.columns[norm].to_numpy().copy()).to(chosen)[:, None]
-            best = best_classes(x, linear, top, independent=probe.multi_label)
-            if not bool(torch.isfinite(best.values).all()):
-                wrong = batch.first_row + int(torch.nonzero(~torch.isfinite(best.values))[0, 0])
-                raise StoreError(
-                    f"{folder}/embeddings/{batch.shard.name}.parquet: row {wrong} is not a number; delete the file and"
-                    " embed its tar again"
-                )
-            ids = pa.array(best.indices.cpu().numpy().reshape(-1))
-            lists = (labels.take(ids), names.take(ids), pa.array(best.values.cpu().numpy().reshape(-1)))
-            columns = (pa.FixedSizeListArray.from_arrays(values, top) for values in lists)
-            shard = pa.repeat(pa.scalar(batch.shard.name, pa.string()), len(x))
-            said = batch.columns["label"]
-            if probe.multi_label:
-                said = with_single_labels(said, batch.columns["labels"])
-            arrays = [batch.columns["key"], shard, said, *columns]
-            parquet.write(pa.Table.from_arrays(arrays, schema=schema))
-            rows += len(x)
-            on_progress(rows)
+        with contextlib.closing(map_in_order(predict, batches, num_cores() if chosen.type == "cpu" else 1)) as tables:
+            for table in tables:
+                parquet.write(table)
+                rows += len(table)
+                on_progress(rows)
     except BaseException:
         parquet.abort()
         raise
@@ -279,7 +272,32 @@ def write_predictions(
     return rows
 
 
-def _prediction_schema(top: int, truth: str) -> pa.Schema:
+def _predictions(batch: EmbeddingBatch, *, folder: Path, probe: Probe, linear: Linear, norm: str, top: int) -> pa.Table:
+    device = linear[0].device
+    x = torch.from_numpy(batch.embedding).to(device).float()
+    if probe.features == "raw":
+        x = x * torch.from_numpy(batch.columns[norm].to_numpy().copy()).to(device)[:, None]
+    best = best_classes(x, linear, top, independent=probe.multi_label)
+    if not bool(torch.isfinite(best.values).all()):
+        wrong = batch.first_row + int(torch.nonzero(~torch.isfinite(best.values))[0, 0])
+        raise StoreError(
+            f"{folder}/embeddings/{batch.shard.name}.parquet: row {wrong} is not a number; delete the file and embed"
+            " its tar again"
+        )
+    labels = pa.array(probe.classes, pa.int32())
+    names = pa.array([probe.name(at) for at in range(len(probe.classes))], pa.string())
+    ids = pa.array(best.indices.cpu().numpy().reshape(-1))
+    lists = (labels.take(ids), names.take(ids), pa.array(best.values.cpu().numpy().reshape(-1)))
+    columns = (pa.FixedSizeListArray.from_arrays(values, top) for values in lists)
+    shard = pa.repeat(pa.scalar(batch.shard.name, pa.string()), len(x))
+    said = batch.columns["label"]
+    if probe.multi_label:
+        said = with_single_labels(said, batch.columns["labels"])
+    return pa.Table.from_arrays([batch.columns["key"], shard, said, *columns], schema=_prediction_schema(probe, top))
+
+
+def _prediction_schema(probe: Probe, top: int) -> pa.Schema:
+    truth = LISTS_COLUMN if probe.multi_label else "label"
     return pa.schema(
         [
             ("key", pa.string()),

@@ -211,7 +211,6 @@ def fit_shots(
         num_classes=len(classes),
         balanced=False,
         low=None,  # so few rows are no work
-        hold=False,
         device=device,
         on_pass=lambda _: None,
     )

@@ -104,6 +104,6 @@ def _pose(task: Task, rows: Rows, training: Ids, setting: Setting) -> _Posed:
         task.lists.keep(is_varied).to(setting.device), kept.to(setting.device), num_rows, balanced=setting.balanced
     )
     passes = rows.passes(training, block_rows(len(kept), setting.device))
-    problem = Problem(passes, len(kept), loss=loss, low=setting.low, hold=setting.hold)
+    problem = Problem(passes, len(kept), loss=loss, low=setting.low)
     odds = ((counts + 0.5) / (num_rows - counts + 0.5)).log().float()
     return _Posed(problem, is_varied.to(setting.device), odds.to(setting.device))

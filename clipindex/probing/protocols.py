@@ -9,6 +9,8 @@ import torch
 from clipindex.errors import UsageError
 from clipindex.logistic import Fit, Passes, Problem, block_rows, fit, map_blocks
 from clipindex.probing.rows import Ids, Rows
+from clipindex.products import multiply
+from clipindex.threads import one_thread
 
 README_C = 0.316
 PROTOCOLS = {
@@ -98,8 +100,6 @@ class Setting:
     """Whether losses have the factor n / (C * rows of the class), as scikit-learn's class_weight='balanced'."""
     low: torch.dtype | None
     """For products in the first passes; see `logistic.Problem`."""
-    hold: bool
-    """Whether rows may be held in that type."""
     device: torch.device
     on_pass: Callable[[str], None]
     """Called after each pass, with what is being done."""
@@ -113,7 +113,6 @@ def pose(rows: Rows, chosen: Ids | None, setting: Setting) -> Problem:
         setting.num_classes,
         class_weights=_balance(class_ids, setting) if setting.balanced else None,
         low=setting.low,
-        hold=setting.hold,
     )
 
 
@@ -137,6 +136,7 @@ def search_c(rows: Rows, training: Ids, validation: Ids, setting: Setting) -> tu
     )
 
 
+@one_thread()
 def search_strength(
     problem: Problem, score: Callable[[Fit], float], on_pass: Callable[[str], None]
 ) -> tuple[Fit, list[Trial]]:
@@ -198,7 +198,7 @@ def measure(passes: Passes, weights: torch.Tensor, intercept: torch.Tensor) -> f
     """Top-1 accuracy."""
     hits, rows = 0, 0
     for right in map_blocks(
-        lambda block: (block.features() @ weights.T + intercept).argmax(1) == block.labels, passes()
+        lambda block: (multiply(block.features(), weights.T) + intercept).argmax(1) == block.labels, passes()
     ):
         hits += int(right.sum())
         rows += len(right)

@@ -11,6 +11,7 @@ import torch
 from clipindex.average_precision import BLOCK_SCORES, AveragePrecision, ScoreBlock, measure_average_precision
 from clipindex.logistic import Block, ClassLists, Linear, Passes, map_blocks
 from clipindex.metrics import CALIBRATION_BINS, calibrate
+from clipindex.products import multiply
 
 RANKING_PASSES = 2
 EVALUATION_PASSES = RANKING_PASSES + 1
@@ -57,7 +58,7 @@ def rank_classes(
 
     def score(block: Block) -> ScoreBlock:
         rows, classes = lists.entries(block.labels)
-        scores = weights @ block.features().T + intercept[:, None]
+        scores = multiply(weights, block.features().T) + intercept[:, None]
         return ScoreBlock(scores.cpu().numpy(), classes.cpu().numpy(), rows.cpu().numpy())
 
     is_cpu = weights.device.type == "cpu"
@@ -89,7 +90,7 @@ class DecisionCounts:
 
         def of_block(block: Block) -> tuple[int, list[npt.NDArray[np.int64]], npt.NDArray[np.float64]]:
             rows, classes = lists.entries(block.labels)
-            probabilities = torch.sigmoid(block.features() @ weights.T + intercept)
+            probabilities = torch.sigmoid(multiply(block.features(), weights.T) + intercept)
             is_true = torch.zeros_like(probabilities, dtype=torch.bool)
             is_true[rows, classes] = True
             is_chosen = probabilities > 0.5

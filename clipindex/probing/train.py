@@ -162,7 +162,7 @@ def _held(rows: Rows, memory_bytes: int | None, device: torch.device) -> Held:
 def _train_logistic(
     task: Task, rows: Rows, c: float | None, balanced: bool, seed: int, on_progress: Callable[[str], None]
 ) -> Probe:
-    setting = _setting(task, rows, balanced, on_progress)
+    setting = _setting(task, balanced, on_progress)
     searched = validation_split(rows.class_ids, task.training, seed) if c is None else None
     done, trials = fit_at(rows, task.training, c, searched, setting)
     found: dict[str, Any] = {}
@@ -176,19 +176,18 @@ def _train_logistic(
 def _train_lists(
     task: Task, rows: Rows, c: float | None, balanced: bool, seed: int, on_progress: Callable[[str], None]
 ) -> Probe:
-    setting = _setting(task, rows, balanced, on_progress)
+    setting = _setting(task, balanced, on_progress)
     done, found = train_one_vs_rest(task, rows, c, SPLIT, seed, setting)
     record = {**_common(task, seed), **found, **_describe_fit(done, rows, balanced)}
     probe = _probe(task, "one-vs-rest", done.c, record, done.weights, done.intercept)
     return replace(probe, multi_label=True)
 
 
-def _setting(task: Task, rows: Rows, balanced: bool, on_progress: Callable[[str], None]) -> Setting:
+def _setting(task: Task, balanced: bool, on_progress: Callable[[str], None]) -> Setting:
     return Setting(
         num_classes=len(task.classes),
         balanced=balanced,
         low=task.low,
-        hold=isinstance(rows, Held),
         device=task.device,
         on_pass=on_progress,
     )
