@@ -91,8 +91,11 @@ class PackedPatches(nn.Module):
 
 
 def is_of_patches(layer: nn.Module) -> bool:
-    """Whether a layer is a convolution whose windows are all different, and cover all but an edge."""
-    if type(layer) is not nn.Conv2d:
+    """Whether a layer is a convolution of windows that lie side by side, and cover all but an edge.
+
+    Windows of one pixel are left out: as a convolution they are as fast.
+    """
+    if type(layer) is not nn.Conv2d or layer.kernel_size == (1, 1):
         return False
     sizes = layer.stride == layer.kernel_size and layer.dilation == (1, 1)
     return sizes and layer.padding in ((0, 0), "valid") and layer.groups == 1
