@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from encode_ways import SHIPPED, WAYS, Way, frozen
-from low_precision import Int8Linear, eight_bit_linear, with_outliers
+from low_precision import Int8Linear, bare_8_bit, eight_bit_linear, with_outliers
 from reporting import Row
 from torch import nn
 
@@ -29,8 +29,7 @@ from clipindex.devices import PRECISIONS, choose_precision
 from clipindex.encode import ImageTower
 from clipindex.models import LoadedModel, load_model
 from clipindex.shards import list_shards, read_samples
-from clipindex.towers import placed
-from clipindex.towers.blocks import plain_linear, replace_blocks
+from clipindex.towers import placed, plain_linear, replace_blocks
 from clipindex.types import Float32Array, ModelSpec, Sample, UInt8Array
 
 COSTLY_S = 150.0
@@ -298,7 +297,7 @@ def _note(way: Way, setting: Setting) -> str:
     if way.name == SHIPPED:
         return f"bare bf16 product {setting.product / 1e12:.3g} TFLOP/s; {_parts(setting)}"
     if way.layer is not nn.Linear:
-        rate = _bare_8_bit(way.layer is Int8Linear, setting.device)
+        rate = bare_8_bit(way.layer is Int8Linear, setting.device)
         return f"bare product {rate / 1e12:.3g} TFLOP/s"
     return ""
 
@@ -320,28 +319,6 @@ def _parts(setting: Setting) -> str:
 
     wait = synchronizer(setting.device)
     return f"of a batch's {1000 / best_rate(whole, wait):.1f} ms the tower takes {1000 / best_rate(tower, wait):.1f}"
-
-
-@cache
-def _bare_8_bit(is_int8: bool, device: torch.device) -> float:
-    """Operations/s of a square product of 8 bits, as `product_flops_per_s` measures it for 16."""
-    size = 2048 if device.type == "cpu" else 8192
-    left, right = (torch.randn(size, size, device=device) for _ in range(2))
-    scale = torch.ones(size, 1, device=device)
-
-    def multiply() -> int:
-        if is_int8:
-            torch._int_mm(ints[0], ints[1])
-        else:
-            torch._scaled_mm(
-                floats[0], floats[1], scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16, use_fast_accum=on_cuda
-            )
-        return 2 * size**3
-
-    on_cuda = device.type == "cuda"
-    ints = [(x * 30).clamp(-127, 127).to(torch.int8) for x in (left, right.t() if on_cuda else right)]
-    floats = [left.to(torch.float8_e4m3fn), right.to(torch.float8_e4m3fn).t()]
-    return max(best_rate(multiply, synchronizer(device)) for _ in range(PRODUCT_TRIES))
 
 
 def row_of(model: str, way: str, **found: str | float) -> Row:

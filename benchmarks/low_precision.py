@@ -5,11 +5,14 @@ nothing has to be calibrated. Both the scale and the bias are applied to the pro
 """
 
 import copy
+from functools import cache
 from typing import Any
 
 import torch
 from open_clip.transformer import ResidualAttentionBlock
 from torch import nn
+
+from clipindex.bench.ceilings import best_rate, synchronizer
 
 OUTLIER_CHANNELS = 4
 OUTLIER_FACTOR = 30.0
@@ -18,6 +21,7 @@ _INT8_MAX = 127.0
 _FP8 = torch.float8_e4m3fn
 _FP8_MAX = torch.finfo(_FP8).max
 _LEAST_SCALE = 1e-12  # of a token of zeros
+_PRODUCT_TRIES = 5  # each is milliseconds on a GPU, which begins slowly from its rest
 
 
 class Int8Linear(nn.Module):
@@ -70,6 +74,28 @@ def eight_bit_linear(
     """With the kind first, a `clipindex.towers.blocks.MakeLinear`."""
     layer = kind(weight, bias)
     return layer if activation is None else nn.Sequential(layer, activation)
+
+
+@cache
+def bare_8_bit(is_int8: bool, device: torch.device) -> float:
+    """Operations/s of a square product of 8 bits, as `product_flops_per_s` measures it for 16."""
+    size = 2048 if device.type == "cpu" else 8192
+    left, right = (torch.randn(size, size, device=device) for _ in range(2))
+    scale = torch.ones(size, 1, device=device)
+
+    def multiply() -> int:
+        if is_int8:
+            torch._int_mm(ints[0], ints[1])
+        else:
+            torch._scaled_mm(
+                floats[0], floats[1], scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16, use_fast_accum=on_cuda
+            )
+        return 2 * size**3
+
+    on_cuda = device.type == "cuda"
+    ints = [(x * 30).clamp(-127, 127).to(torch.int8) for x in (left, right.t() if on_cuda else right)]
+    floats = [left.to(torch.float8_e4m3fn), right.to(torch.float8_e4m3fn).t()]
+    return max(best_rate(multiply, synchronizer(device)) for _ in range(_PRODUCT_TRIES))
 
 
 def with_outliers(tower: nn.Module, *, are_read: bool) -> nn.Module:

@@ -131,9 +131,9 @@ def measure_retrieval(
     started = time.perf_counter()
     folder = Path(folder)
     dataset = read_dataset(folder)
-    loaded = load_model_of(folder, dataset.model, model)
     where = choose_device(device)
-    tower = TextTower(loaded, device=where, precision=choose_precision(precision, where))
+    precision = choose_precision(precision, where)
+    tower = TextTower(load_model_of(folder, dataset.model, model), device=where, precision=precision)
     with tempfile.TemporaryFile(dir=folder) as file:
         captions = _embed_captions(folder, tower, file, on_captions)
         by_text, by_image = _rank(folder, captions, where, on_images)

@@ -12,7 +12,7 @@ from torch import nn
 from clipindex.devices import PRECISIONS, stopwatch
 from clipindex.errors import ModelError, UsageError
 from clipindex.models import LoadedModel, Project, cut_projection
-from clipindex.towers import placed, use_fast_blocks
+from clipindex.towers import placed, use_fast_layers
 from clipindex.types import Encoding, Float32Array, UInt8Array, Vectors
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class ImageTower:
     """The image tower of a model on a device; the text tower is let go.
 
     Args:
-        loaded: The model. With fp32 on the CPU its tensors are shared, otherwise converted copies are made.
+        loaded: The model. Some of its tensors may be shared, most are copied: whoever lets it go frees memory.
         device: Where to run.
         precision: Of the weights: 'bf16', 'fp16' or 'fp32'.
         with_pre_projection: Whether the features before the projection are wanted beside those after it.
@@ -47,7 +47,7 @@ class ImageTower:
         if with_pre_projection or loaded.info.features == "pre-projection":
             projection = cut_projection(self._tower)
             self._project = projection if with_pre_projection else None
-        use_fast_blocks(self._tower, device, self._dtype)
+        use_fast_layers(self._tower, device, self._dtype)
         preprocess = loaded.info.preprocess
         # Of a row of pixels: a CPU takes four times as long where the innermost dimension is the three channels.
         mean, std = (
@@ -145,7 +145,7 @@ class TextTower:
     """The text tower of a model on a device; the image tower is let go.
 
     Args:
-        loaded: The model. With fp32 on the CPU its tensors are shared, otherwise converted copies are made.
+        loaded: The model. Some of its tensors may be shared, most are copied: whoever lets it go frees memory.
         device: Where to run.
         precision: Of the weights: 'bf16', 'fp16' or 'fp32'.
 
@@ -171,7 +171,7 @@ class TextTower:
         self._model: open_clip.CLIP = placed(loaded.model, device, PRECISIONS[precision], without=others)
         self._text: nn.Module = getattr(self._model, "text", self._model)
         self._context = _causal_context(self._text)
-        use_fast_blocks(self._text, device, PRECISIONS[precision])
+        use_fast_layers(self._text, device, PRECISIONS[precision])
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> Float32Array:

@@ -1,4 +1,4 @@
-"""Products of float32 matrices, by whichever library multiplies them fastest; what they are made of, and made in."""
+"""Products of float32 matrices: on a CPU by NumPy; rows widened for them, and memory to put them in."""
 
 import threading
 from typing import Any
@@ -15,7 +15,7 @@ def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     PyTorch's wheels multiply float32 by MKL, which keeps its AVX-512 kernels from AMD's cores; the OpenBLAS of NumPy's
     wheels has them for all. On one core of an EPYC (Zen 5), [2048, 512] by [512, 100]: 213 against 97 GFLOP/s, and 331
     against 109 of a matrix by its own transpose, of which NumPy computes one half. Where OpenBLAS has no more than
-    AVX2: 119 against 97, and 201.
+    AVX2: 119 against 97, and 201. Processors of other makers were not measured.
 
     To be called from within `threads.map_in_order` or `threads.one_thread`. Elsewhere OpenBLAS has a team of threads,
     which spin for a while after a product and take the cores from PyTorch's: together they took twice to three times as

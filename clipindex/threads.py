@@ -64,7 +64,8 @@ def one_thread() -> Iterator[None]:
     """For many small computations, at which a team of threads is slower, and much so on a busy machine.
 
     PyTorch has one in the caller's thread, and in threads that begin meanwhile. BLAS, which NumPy multiplies by, has
-    one for each thread that calls it, in all of the process.
+    one for each thread that calls it, in all of the process. PyTorch's come back in the order of nesting: what begins
+    within has to end within.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

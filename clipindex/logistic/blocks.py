@@ -1,12 +1,12 @@
 """Rows in blocks, over which passes are made."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from typing import NamedTuple, TypeVar
 
 import torch
 
-from clipindex.threads import map_in_order, num_cores
+from clipindex.threads import map_in_order, num_cores, one_thread
 
 Result = TypeVar("Result")
 
@@ -40,10 +40,14 @@ def block_rows(num_classes: int, device: torch.device) -> int:
     return max(256, min(most, logits // num_classes))
 
 
-def map_blocks(function: Callable[[Block], Result], blocks: Iterable[Block]) -> Iterator[Result]:
+def map_blocks(function: Callable[[Block], Result], blocks: Iterable[Block]) -> Generator[Result, None, None]:
     """Results in order. On a CPU each core has a block of its own: teams of threads wait for each other."""
     blocks = iter(blocks)
     first = list(itertools.islice(blocks, 2))
-    if len(first) < 2 or first[0].values.device.type != "cpu":
-        return map(function, itertools.chain(first, blocks))
-    return map_in_order(function, itertools.chain(first, blocks), num_cores())
+    if first and first[0].values.device.type != "cpu":
+        yield from map(function, itertools.chain(first, blocks))
+    elif len(first) < 2:
+        with one_thread():
+            yield from map(function, first)
+    else:
+        yield from map_in_order(function, itertools.chain(first, blocks), num_cores())

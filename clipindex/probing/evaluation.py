@@ -256,8 +256,12 @@ def write_predictions(
     linear = (probe.weights.to(chosen), probe.intercept.to(chosen))
     top = min(top, len(probe.classes))
     batches = read_embeddings(folder, ("key", "label", "labels", norm), vectors=vectors)
-    parquet = AtomicParquet(Path(out), _prediction_schema(probe, top), compression="zstd")
-    predict = functools.partial(_predictions, folder=folder, probe=probe, linear=linear, norm=norm, top=top)
+    schema = _prediction_schema(probe, top)
+    parquet = AtomicParquet(Path(out), schema, compression="zstd")
+    names = pa.array([probe.name(at) for at in range(len(probe.classes))], pa.string())
+    predict = functools.partial(
+        _predictions, folder=folder, probe=probe, linear=linear, norm=norm, names=names, schema=schema, top=top
+    )
     rows = 0
     try:
         with contextlib.closing(map_in_order(predict, batches, num_cores() if chosen.type == "cpu" else 1)) as tables:
@@ -272,28 +276,40 @@ def write_predictions(
     return rows
 
 
-def _predictions(batch: EmbeddingBatch, *, folder: Path, probe: Probe, linear: Linear, norm: str, top: int) -> pa.Table:
+def _predictions(
+    batch: EmbeddingBatch,
+    *,
+    folder: Path,
+    probe: Probe,
+    linear: Linear,
+    norm: str,
+    names: pa.Array,
+    schema: pa.Schema,
+    top: int,
+) -> pa.Table:
     device = linear[0].device
     x = torch.from_numpy(batch.embedding).to(device).float()
     if probe.features == "raw":
         x = x * torch.from_numpy(batch.columns[norm].to_numpy().copy()).to(device)[:, None]
-    best = best_classes(x, linear, top, independent=probe.multi_label)
-    if not bool(torch.isfinite(best.values).all()):
-        wrong = batch.first_row + int(torch.nonzero(~torch.isfinite(best.values))[0, 0])
+    # A few rows at once, since a batch's scores of many thousand classes are gigabytes.
+    parts = torch.split(x, block_rows(len(names), device))
+    found = [best_classes(part, linear, top, independent=probe.multi_label) for part in parts]
+    values, ids = (torch.cat(column).cpu() for column in zip(*found, strict=True))
+    if not bool(torch.isfinite(values).all()):
+        wrong = batch.first_row + int(torch.nonzero(~torch.isfinite(values))[0, 0])
         raise StoreError(
             f"{folder}/embeddings/{batch.shard.name}.parquet: row {wrong} is not a number; delete the file and embed"
             " its tar again"
         )
-    labels = pa.array(probe.classes, pa.int32())
-    names = pa.array([probe.name(at) for at in range(len(probe.classes))], pa.string())
-    ids = pa.array(best.indices.cpu().numpy().reshape(-1))
-    lists = (labels.take(ids), names.take(ids), pa.array(best.values.cpu().numpy().reshape(-1)))
-    columns = (pa.FixedSizeListArray.from_arrays(values, top) for values in lists)
+    places = pa.array(ids.numpy().reshape(-1))
+    labels = pa.array(probe.classes, pa.int32()).take(places)
+    lists = (labels, names.take(places), pa.array(values.numpy().reshape(-1)))
+    columns = (pa.FixedSizeListArray.from_arrays(each, top) for each in lists)
     shard = pa.repeat(pa.scalar(batch.shard.name, pa.string()), len(x))
     said = batch.columns["label"]
     if probe.multi_label:
         said = with_single_labels(said, batch.columns["labels"])
-    return pa.Table.from_arrays([batch.columns["key"], shard, said, *columns], schema=_prediction_schema(probe, top))
+    return pa.Table.from_arrays([batch.columns["key"], shard, said, *columns], schema=schema)
 
 
 def _prediction_schema(probe: Probe, top: int) -> pa.Schema:

@@ -1,7 +1,4 @@
-"""open_clip's transformers with each product as its device does it fastest.
-
-Nothing is computed that no embedding needs, and nothing else is left out: embeddings differ by rounding alone.
-"""
+"""open_clip's transformers with each product as its device does it fastest; embeddings differ by rounding alone."""
 
 from collections.abc import Callable
 
@@ -15,14 +12,14 @@ from clipindex.towers.packed import FUSED, PackedLinear, can_pack, pack_layers
 MakeLinear = Callable[[torch.Tensor, torch.Tensor, nn.Module | None], nn.Module]
 """Weights [N, K], a bias [N] and an activation to a layer, which takes [..., K] to [..., N]."""
 
-_SCORES_BYTES = 1 << 23
-"""Of attention on a CPU at once: they lie in its cache, however many tokens and images there are."""
+_SCORES_BYTES = 1 << 22
+"""Of attention on a core at once, or of one head: more do not fit into its cache."""
 
 
-def use_fast_blocks(tower: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Replace the layers of a tower, which is on its device in its precision, by faster ones that share its tensors.
+def use_fast_layers(tower: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Let a tower, which is on its device in its precision, use faster layers and blocks.
 
-    On a CPU the linear layers of all other towers are packed, too.
+    Last of all: where layers are packed, it can then be neither copied, moved nor given other weights.
 
     Args:
         tower: An image tower, or a text tower; changed in place.
@@ -96,8 +93,9 @@ class Block(nn.Module):
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """softmax(query key' / sqrt(d) + mask) value, heads side by side: [N, heads, L, d] to [N, L, heads * d].
 
-    On a CPU by two batched products, some images at a time: measured on Zen 5 in bf16, 50 to 1,370 tokens of 64
-    dimensions a head, scaled_dot_product_attention takes twice as long; in float32 as long, or longer for few tokens.
+    Without a mask on a CPU by two batched products, some heads at a time. On Zen 5, 50 to 1,370 tokens of 64 dimensions
+    a head, scaled_dot_product_attention takes twice as long in bf16; in float32 as long, or longer for few tokens. In
+    16 bits the scores are rounded, as they are where nn.MultiheadAttention attends.
 
     Args:
         query: [N, heads, L, d].
@@ -105,37 +103,27 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: to
         value: [N, heads, M, d].
         mask: Added to scores, [L, M] or [N * heads, L, M].
     """
+    if mask is None and query.device.type == "cpu":
+        return _attend_by_products(query, key, value)
     if mask is not None:
         mask = mask.to(query.dtype)
-    return (_attend_by_products if query.device.type == "cpu" else attend_fused)(query, key, value, mask)
-
-
-def attend_fused(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
-    """`attend` by PyTorch's scaled_dot_product_attention."""
-    if mask is not None and mask.ndim == 3:
-        mask = mask.view(*query.shape[:2], *mask.shape[1:])
+        mask = mask.view(*query.shape[:2], *mask.shape[1:]) if mask.ndim == 3 else mask
     return functional.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
 
 
-def _attend_by_products(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
+def _attend_by_products(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     number, heads, length, dim = query.shape
-    mixed = query.new_empty(number, length, heads, dim)
-    step = max(1, _SCORES_BYTES // (heads * length * key.shape[2] * query.element_size()))
-    offset = query.new_zeros(1) if mask is None else mask
-    for at in range(0, number, step):
-        # Images and heads in one dimension, as batched products want them.
-        flat_query, flat_key, flat_value = (part[at : at + step].flatten(0, 1) for part in (query, key, value))
-        some = offset[at * heads : (at + step) * heads] if offset.ndim == 3 else offset
-        scores = torch.baddbmm(
-            some, flat_query, flat_key.transpose(1, 2), beta=0 if mask is None else 1, alpha=dim**-0.5
-        )
-        found = torch.bmm(torch.softmax(scores, dim=-1), flat_value)
-        mixed[at : at + step] = found.view(-1, heads, length, dim).transpose(1, 2)
-    return mixed.flatten(2)
+    # Images and heads in one dimension, as batched products want them.
+    queries, keys, values = (part.flatten(0, 1) for part in (query, key, value))
+    mixed = torch.empty_like(queries)
+    threads = torch.get_num_threads()
+    step = max(threads, threads * _SCORES_BYTES // (length * key.shape[2] * query.element_size()))
+    unread = query.new_empty(1)  # what would be added to the scores, times nothing
+    for at in range(0, number * heads, step):
+        some = slice(at, at + step)
+        scores = torch.baddbmm(unread, queries[some], keys[some].transpose(1, 2), beta=0, alpha=dim**-0.5)
+        torch.bmm(torch.softmax(scores, dim=-1), values[some], out=mixed[some])
+    return mixed.view(number, heads, length, dim).transpose(1, 2).flatten(2)
 
 
 def packed_linear(weight: torch.Tensor, bias: torch.Tensor, activation: nn.Module | None) -> nn.Module:

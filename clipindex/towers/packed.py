@@ -1,7 +1,9 @@
 """Layers on a CPU with their weights laid out once, as oneDNN wants them."""
 
 import platform
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,30 +16,37 @@ FUSED: dict[type[nn.Module], str] = {nn.GELU: "gelu", nn.SiLU: "swish", nn.ReLU:
 
 @cache
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN is here and multiplies such numbers; on other processors than x86 it was not measured."""
-    operators = torch.ops.mkldnn
-    names = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported")
+    """Whether PyTorch's operators for oneDNN are those known here, and multiply such numbers; measured on x86 alone."""
     if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    if not all(hasattr(operators, name) for name in names):
+    try:
+        with torch.inference_mode():
+            one = torch.ones(1, 1, dtype=dtype)
+            return float(PackedLinear(one, one[0], nn.ReLU())(one)) == 2
+    except (AttributeError, RuntimeError, TypeError):  # of another version, or for other processors
         return False
-    if dtype == torch.float32:
-        return True
-    return bool(
-        operators._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else operators._is_mkldnn_fp16_supported()
-    )
 
 
 def pack_layers(tower: nn.Module) -> None:
-    """Pack all linear layers and convolutions of patches, in place.
+    """Pack linear layers and convolutions of patches, each when it is first called.
 
-    They stay what they are, and keep their tensors, since other modules ask for either.
+    They stay what they are, and keep their tensors, since other modules ask for either; some are never called. So their
+    weights are in memory twice.
     """
     for layer in tower.modules():
         if type(layer) is nn.Linear:
-            layer.forward = PackedLinear(layer.weight, layer.bias).forward  # type: ignore[method-assign, assignment]
-        elif isinstance(layer, nn.Conv2d) and is_of_patches(layer):
-            layer.forward = PackedPatches(layer).forward  # type: ignore[method-assign, assignment]
+            _pack_when_called(layer, lambda layer: PackedLinear(layer.weight, layer.bias))
+        elif is_of_patches(layer):
+            _pack_when_called(layer, PackedPatches)
+
+
+def _pack_when_called(layer: Any, pack: Callable[[Any], nn.Module]) -> None:  # noqa: ANN401
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        layer.forward = pack(layer).forward
+        result: torch.Tensor = layer.forward(x)
+        return result
+
+    layer.forward = forward
 
 
 class PackedLinear(nn.Module):
