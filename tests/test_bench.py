@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from clipindex.bench import ceilings
-from clipindex.bench.machine import LIMITS, describe_machine
+from clipindex.bench.machine import VARIABLES, describe_machine
 from clipindex.bench.measure import measure_device_decode
 from clipindex.bench.utilisation import describe_utilisation, sampling_utilisation
 from clipindex.cli import commands
@@ -113,9 +113,9 @@ def test_mistakes_are_told(work, wrong):
     assert wrong[1] in done.output or wrong[1] in str(done.exception)
 
 
-def test_variables_that_hold_libraries_back_are_part_of_a_machine(monkeypatch):
-    for name in [name for name in os.environ if name.startswith(LIMITS)]:
+def test_variables_that_libraries_go_by_are_part_of_a_machine(monkeypatch):
+    for name in [name for name in os.environ if name.startswith(VARIABLES)]:
         monkeypatch.delenv(name)
-    assert "limits" not in describe_machine()
+    assert "variables" not in describe_machine()
     monkeypatch.setenv("OPENBLAS_CORETYPE", "Haswell")
-    assert describe_machine()["limits"] == {"OPENBLAS_CORETYPE": "Haswell"}
+    assert describe_machine()["variables"] == {"OPENBLAS_CORETYPE": "Haswell"}

@@ -8,21 +8,21 @@ from typing import Any
 
 import torch
 
-LIMITS = ("OPENBLAS_", "OMP_", "MKL_", "ONEDNN_", "DNNL_", "ATEN_CPU_CAPABILITY")
-"""How the names of variables begin that hold libraries to fewer threads or older instructions than a machine has."""
+VARIABLES = ("OPENBLAS_", "OMP_", "MKL_", "ONEDNN_", "DNNL_", "ATEN_CPU_CAPABILITY")
+"""How the names of variables begin by which libraries choose their threads and instructions."""
 PACKAGES = ("torch", "open_clip_torch", "numpy", "pyarrow", "faiss-cpu", "pillow", "simplejpeg")
 
 
 def describe_machine(device: torch.device | None = None) -> dict[str, Any]:
-    """Processor, cores, device, versions of what the speed depends on, and what variables hold it back, if any."""
+    """Processor, cores, device, versions of what the speed depends on, and the variables that change it, if any."""
     cpu = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
-    limits = {name: value for name, value in sorted(os.environ.items()) if name.startswith(LIMITS)}
+    variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith(VARIABLES)}
     cuda = device is not None and device.type == "cuda"
     return {
         "cpu": cpu[0] if cpu else platform.processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         **({"gpu": torch.cuda.get_device_name(device)} if cuda else {}),
-        **({"limits": limits} if limits else {}),
+        **({"variables": variables} if variables else {}),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
     }
