@@ -30,7 +30,7 @@ class_options = [
                  help="Prompts with {c}, one a line; or simple, imagenet-7, imagenet-80."
                       "  [default: those beside SOURCE's classnames.txt, else simple]"),
     click.option("--approximate", is_flag=True,
-                 help="For tens of thousands of classes: nearly exact, about three times as fast, and measured."),
+                 help="For tens of thousands of classes: nearly exact, about twice as fast, and measured."),
     click.option("--top", type=click.IntRange(1), default=5, show_default=True, help="Classes to keep for an image."),
 ]  # fmt: skip
 
