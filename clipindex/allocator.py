@@ -16,7 +16,9 @@ def share_one_arena() -> None:
     """Let all threads that begin from now on allocate from one arena, where the C library is glibc.
 
     By default each thread keeps what it freed for itself: threads that read, convert and multiply blocks by turns hold
-    several times what is in use.
+    several times what is in use. Arenas that are there already stay, and new threads get one of all by turns; those
+    but the first hold no block above 64 MiB. So the program calls this first of all, before NumPy and PyTorch begin
+    threads; what uses the package from Python may do the same, or set MALLOC_ARENA_MAX=1.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)

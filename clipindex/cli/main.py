@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from clipindex.allocator import share_one_arena
 from clipindex.cli import (
     bench,
     classify,
@@ -40,6 +41,7 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command; its exit status."""
+    share_one_arena()  # before a library is loaded whose threads would have their own
     _set_up_logging()
     stopped_by: list[int] = []
     _stop_on(signal.SIGTERM, stopped_by)
