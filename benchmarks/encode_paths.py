@@ -1,7 +1,7 @@
 """Which ways of running the image tower pay beside the shipped one: bf16 by `clipindex.towers`, uncompiled.
 
 Expected on two cores of Zen 5 (ViT-B/32, nine tenths of the bare bf16 product as shipped): compiled with frozen weights
-it is as fast after half a minute, since the operators are the same; open_clip's blocks, and weights not packed, are
+it is as fast after some 20 s, since the operators are the same; open_clip's blocks, and weights not packed, are
 a fifth slower; int8 multiplies twice as fast, of which quantising activations takes most; fp8 is emulated.
 On an H100: launches are hidden at batches of 256 and more, so CUDA graphs win little; compiling fuses what lies between
 the products, 10 to 20 %; fp8 and int8 multiply twice as fast, which compiled may bring half as much again to ViT-L/14.
