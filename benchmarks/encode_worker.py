@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from encode_ways import SHIPPED, WAYS, Way, frozen
-from low_precision import Int8Linear, bare_8_bit, eight_bit_linear, with_outliers
+from low_precision import PRODUCT_TRIES, Int8Linear, bare_8_bit, eight_bit_linear, with_outliers
 from reporting import Row
 from torch import nn
 
@@ -38,8 +38,6 @@ NUM_IMAGES = 32
 LEAST_GAIN = 1.02
 """Two measurements of one way are as far apart."""
 PAIRS = 7
-PRODUCT_TRIES = 5
-"""Each is milliseconds on a GPU, which begins slowly from its rest."""
 RUN_S = {"cpu": 0.4, "cuda": 0.15}
 """Of a measured run, about."""
 WEIGHTS = ("random", "outliers", "outliers, unread")

@@ -258,9 +258,10 @@ def write_predictions(
     batches = read_embeddings(folder, ("key", "label", "labels", norm), vectors=vectors)
     schema = _prediction_schema(probe, top)
     parquet = AtomicParquet(Path(out), schema, compression="zstd")
-    names = pa.array([probe.name(at) for at in range(len(probe.classes))], pa.string())
+    names = [probe.name(at) for at in range(len(probe.classes))]
+    classes = (pa.array(probe.classes, pa.int32()), pa.array(names, pa.string()))
     predict = functools.partial(
-        _predictions, folder=folder, probe=probe, linear=linear, norm=norm, names=names, schema=schema, top=top
+        _predictions, folder=folder, probe=probe, linear=linear, norm=norm, classes=classes, schema=schema, top=top
     )
     rows = 0
     try:
@@ -283,7 +284,7 @@ def _predictions(
     probe: Probe,
     linear: Linear,
     norm: str,
-    names: pa.Array,
+    classes: tuple[pa.Array, pa.Array],
     schema: pa.Schema,
     top: int,
 ) -> pa.Table:
@@ -292,7 +293,7 @@ def _predictions(
     if probe.features == "raw":
         x = x * torch.from_numpy(batch.columns[norm].to_numpy().copy()).to(device)[:, None]
     # A few rows at once, since a batch's scores of many thousand classes are gigabytes.
-    parts = torch.split(x, block_rows(len(names), device))
+    parts = torch.split(x, block_rows(len(probe.classes), device))
     found = [best_classes(part, linear, top, independent=probe.multi_label) for part in parts]
     values, ids = (torch.cat(column).cpu() for column in zip(*found, strict=True))
     if not bool(torch.isfinite(values).all()):
@@ -302,8 +303,7 @@ def _predictions(
             " its tar again"
         )
     places = pa.array(ids.numpy().reshape(-1))
-    labels = pa.array(probe.classes, pa.int32()).take(places)
-    lists = (labels, names.take(places), pa.array(values.numpy().reshape(-1)))
+    lists = (*(each.take(places) for each in classes), pa.array(values.numpy().reshape(-1)))
     columns = (pa.FixedSizeListArray.from_arrays(each, top) for each in lists)
     shard = pa.repeat(pa.scalar(batch.shard.name, pa.string()), len(x))
     said = batch.columns["label"]
