@@ -59,8 +59,9 @@ class ImageTower:
     def new_batch(self, size: int) -> UInt8Array:
         """Memory for images, uint8 [size, H, W, 3]: pinned where the device is CUDA, which copies from it unwaited."""
         shape = (size, *self.info.preprocess.size, 3)
-        pinned = self._device.type == "cuda"
-        memory: UInt8Array = torch.zeros(shape, dtype=torch.uint8, pin_memory=pinned).numpy()
+        if self._device.type != "cuda":
+            return np.zeros(shape, np.uint8)
+        memory: UInt8Array = torch.zeros(shape, dtype=torch.uint8, pin_memory=True).numpy()
         return memory
 
     def encode(self, images: UInt8Array) -> Vectors:
