@@ -18,7 +18,7 @@ from clipindex.models import LoadedModel
 from clipindex.pipeline.feed import DECODE_CHUNK
 from clipindex.towers import PackedLinear, can_pack, placed, plain_linear, replace_blocks
 
-REPEATS = 3
+REPEATS = 5
 LEAST_S = 0.5
 """Of a measurement: shorter ones catch a moment's clock that no job keeps up."""
 _PRODUCT_SIZE = {"cpu": 2048, "cuda": 8192}  # large enough that the product, and not its call, is measured
