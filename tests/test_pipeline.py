@@ -204,6 +204,26 @@ def test_a_device_of_its_own_has_its_next_batch_before_the_last_one_is_waited_fo
         np.testing.assert_array_equal(later.embedding, sooner.embedding)
 
 
+@pytest.mark.parametrize(("device", "sizes"), [("cuda:0", {16}), ("cpu", {16, 39 % 16})])
+def test_a_device_of_its_own_gets_batches_of_one_shape(tmp_path, device, sizes):
+    class Shapes(PixelEncoder):
+        seen: list[int] = []
+
+        def encode(self, images):
+            self.seen.append(len(images))
+            return super().encode(images)
+
+    corpus = write_tar(tmp_path / "a.tar", labelled([f"k{at}" for at in range(39)]))
+    encoder = Shapes()
+    encoder.device = device
+    (result,) = run(corpus, tmp_path / "out", encoder, batch_size=16)
+    assert set(encoder.seen) == sizes
+    assert result.record.rows == 39
+    run(corpus, tmp_path / "one", batch_size=1)
+    for full, single in zip(read_embeddings(tmp_path / "out"), read_embeddings(tmp_path / "one"), strict=True):
+        np.testing.assert_array_equal(full.embedding, single.embedding)
+
+
 class SlowEncoder(PixelEncoder):
     """Takes the time of a real tower, on a device of its own."""
 

@@ -185,8 +185,8 @@ def _embed_on(
         # In flight at once: those ahead, one being laid or waiting for the queue, two in the encoder.
         buffers = [encoder.new_batch(batch_size) for _ in range(BATCHES_AHEAD + 3)]
         batches = clock.timed("read", laid(stages[0], buffers, pool))
-        ahead = 0 if encoder.device == "cpu" else 1
-        encoded = prefetch(_encode(prefetch(batches, BATCHES_AHEAD), stages[1], ahead, clock), 1)
+        begun = _encode(prefetch(batches, BATCHES_AHEAD), stages[1], clock, has_own_device=encoder.device != "cpu")
+        encoded = prefetch(begun, 1)
         try:
             yield from home.receive(encoded, clock)
         finally:
@@ -218,22 +218,29 @@ def _taking_turns(decode: Decode, begin: Begin) -> tuple[Decode, Begin]:
 
 
 def _encode(
-    batches: Generator[Batch, None, None], begin: Begin, ahead: int, clock: StageClock
+    batches: Generator[Batch, None, None], begin: Begin, clock: StageClock, *, has_own_device: bool
 ) -> Iterator[EncodedBatch]:
-    """Send each batch home when so many more have been begun, so that the device never waits for this thread."""
+    """Send each batch home; a device of its own has the next one by then, and never waits for this thread.
+
+    Such a device prepares for each shape, so all batches have one. Nobody reads what comes of slots without images.
+    """
+    ahead = 1 if has_own_device else 0
     begun: deque[Callable[[], EncodedBatch]] = deque()
     with contextlib.closing(decoded(batches, clock)) as ready:
         for batch, outcomes in ready:
-            begun.append(_begun(batch, outcomes, begin, clock))
+            images = batch.images if has_own_device else batch.images[: batch.used]
+            begun.append(_begun(batch, images, outcomes, begin, clock))
             if len(begun) > ahead:
                 yield begun.popleft()()
     while begun:
         yield begun.popleft()()
 
 
-def _begun(batch: Batch, outcomes: list[Outcome], begin: Begin, clock: StageClock) -> Callable[[], EncodedBatch]:
+def _begun(
+    batch: Batch, images: UInt8Array, outcomes: list[Outcome], begin: Begin, clock: StageClock
+) -> Callable[[], EncodedBatch]:
     has_pixels = any(not isinstance(outcome, Reject) for outcome in outcomes)
-    finish = begin(batch.images[: batch.used]) if has_pixels else None
+    finish = begin(images) if has_pixels else None
 
     def home() -> EncodedBatch:
         if finish is None:

@@ -22,6 +22,9 @@ def placed(module: nn.Module, device: torch.device, dtype: torch.dtype, without:
         dtype: Of those that may be of few bits; normalisations stay in fp32 where that costs nothing.
         without: Parts of it that are not wanted.
     """
+    if device.type == "cuda" and dtype == torch.float32:
+        # PyTorch lets convolutions round their float32 inputs to 10 bits, for the whole process or not at all.
+        torch.backends.cudnn.allow_tf32 = False
     left_out = {id(part) for root in without for part in root.modules()}
     memo: dict[int, object] = {id(root): nn.Identity() for root in without}
     scales = {} if dtype == torch.float32 else dict(_fold_quick_gelu(module, memo))
