@@ -34,7 +34,8 @@ def train_centroids(
         num_lists: L.
         device: As PyTorch names it.
         dtype: Of the products.
-        seed: Of the first centroids, and of those that take the place of empty ones.
+        seed: Of the first centroids, and of those that take the place of empty ones. On CUDA, sums are added up in any
+            order: there the same seed gives the same centroids but for rounding, by which rows may change lists.
         on_progress: Called with the iterations that are done, and their number.
     """
     generator = torch.Generator().manual_seed(seed)
