@@ -4,7 +4,6 @@ import json
 import logging
 import shutil
 
-import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -246,18 +245,24 @@ def test_features_of_another_models_projection_are_refused(folders, tmp_path):
         verify(tmp_path / "out", deep=True, **HOW)
 
 
+def opened_by_datasets(folder):
+    import datasets
+
+    return datasets.load_from_disk(folder)
+
+
 @pytest.mark.parametrize("form", ["npy", "parquet", "arrow"])
 def test_either_kind_is_exported(folders, tmp_path, form, caplog):
     caplog.set_level(logging.INFO)
     read = {
         "npy": lambda out: np.concatenate([np.load(path) for path in sorted(out.glob("img_emb/*.npy"))]),
         "parquet": lambda out: np.stack(pq.read_table(out)["embedding"].to_pylist()),
-        "arrow": lambda out: datasets.load_from_disk(out).with_format("numpy")["embedding"][:],
+        "arrow": lambda out: opened_by_datasets(out).with_format("numpy")["embedding"][:],
     }[form]
     norms = {
         "npy": lambda out: pq.read_table(out / "metadata")["norm"],
         "parquet": lambda out: pq.read_table(out)["norm"],
-        "arrow": lambda out: datasets.load_from_disk(out)["norm"],
+        "arrow": lambda out: opened_by_datasets(out)["norm"],
     }[form]
     said = "the features before the projection are not exported; --pre-projection exports them"
     for before, column in ((False, "embedding"), (True, PRE_PROJECTION)):
