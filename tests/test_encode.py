@@ -327,7 +327,6 @@ def test_precision_on_cuda(monkeypatch, capability, expected):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 0.9999), ("bf16", 0.9995), ("fp16", 0.9999)])
 @pytest.mark.parametrize("name", MODELS)
 def test_cuda_agrees_with_the_cpu(loaded_models, name, precision, bound):
@@ -342,7 +341,6 @@ def test_cuda_agrees_with_the_cpu(loaded_models, name, precision, bound):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_batches_that_are_begun_ahead_are_not_mixed_up(loaded_models):
     loaded = loaded_models("vit")
     tower = ImageTower(loaded, device=torch.device("cuda", 0), precision="fp32")

@@ -142,7 +142,6 @@ def test_blocks_are_smaller_for_many_classes():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("low", [None, torch.bfloat16])
 def test_a_gpu_finds_the_same_minimum(low):
     x, y = features(3000)

@@ -366,7 +366,6 @@ def test_of_many_classes_both_ends_are_shown(tmp_path):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_finds_the_same(corpus, trained, tmp_path):
     found = train_probe(corpus / "train", test=corpus / "test", label="labels", out=tmp_path, device="cuda")
     assert found.training["objective"] == pytest.approx(trained.training["objective"], rel=1e-5)
