@@ -389,7 +389,7 @@ def test_a_cuda_device_whose_memory_is_too_small_encodes_fewer_at_once(tmp_path)
 @pytest.mark.parametrize("name", MODELS)
 def test_cuda_agrees_with_the_cpu(loaded_models, name, precision, bound):
     loaded = loaded_models(name)
-    device = torch.device("cuda", 0)
+    device = torch.device(CUDA, 0)
     images = pictures(loaded)
     pinned = torch.from_numpy(images).pin_memory()
     image, text = plain_loop(loaded, images, TEXTS)
@@ -401,7 +401,7 @@ def test_cuda_agrees_with_the_cpu(loaded_models, name, precision, bound):
 @pytest.mark.cuda
 def test_cuda_batches_that_are_begun_ahead_are_not_mixed_up(loaded_models):
     loaded = loaded_models("vit")
-    tower = ImageTower(loaded, device=torch.device("cuda", 0), precision="fp32")
+    tower = ImageTower(loaded, device=torch.device(CUDA, 0), precision="fp32")
     rng = np.random.default_rng(0)
     batches = []
     for size in (64, 64, 7, 64, 33, 64, 1, 64) * 4:

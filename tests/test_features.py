@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from command_line import run_cli
+from conftest import CUDA
 from corpus import encoded, labelled, picture, write_tar
 
 from clipindex import (
@@ -65,6 +66,27 @@ def test_both_columns_hold_what_the_single_directories_do(folders):
     assert vectors(folders / "pre-projection")[0].shape == (49, 512)
     with pytest.raises(FingerprintError, match="timm:test_resnet"):
         find_vectors(both, read_dataset(both), read_dataset(folders / "timm").model)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["both", "timm"])
+def test_both_columns_and_backbones_on_cuda_are_those_of_the_cpu(folders, tmp_path, name):
+    which = {"both": {"features": "both", "model": "demo"}, "timm": {"model": "timm:test_resnet", "random_init": 0}}
+    how = {"precision": "fp32", "device": CUDA, "decode": "cpu", **which[name]}
+    # 49 images: the last batch has one, in memory for sixteen.
+    for run in ("first", "second"):
+        assert embed(str(folders / "corpus"), tmp_path / run, batch_size=16, **how).rows == 49
+    embed(str(folders / "corpus"), tmp_path / "whole", batch_size=64, **how)
+    for column in ("embedding", PRE_PROJECTION)[: 2 if name == "both" else 1]:
+        unit, norms = vectors(tmp_path / "first", column)
+        again = vectors(tmp_path / "second", column)
+        assert np.array_equal(unit, again[0]) and np.array_equal(norms, again[1])
+        # Sums in another order: of what is stored as half floats, the last bit, at most 5e-4, may be another one.
+        for other, their_norms in (vectors(tmp_path / "whole", column), vectors(folders / name, column)):
+            np.testing.assert_allclose(unit.astype(np.float32), other.astype(np.float32), atol=1e-3)
+            np.testing.assert_allclose(norms, their_norms, rtol=1e-3)
+    checked = verify(tmp_path / "first", deep=True, precision="fp32", device=CUDA)
+    assert (checked.faults, checked.least_cosine > 0.9999) == ([], True)
 
 
 @pytest.mark.parametrize("name", ["projected", "pre-projection", "both", "timm"])
