@@ -83,28 +83,28 @@ def test_a_gpu_finds_the_same(corpus, trained, tmp_path, memory_bytes):
     probe = read_probe(corpus / "probe")
     there = evaluate_probe(corpus / "test", probe, device=CUDA)
     assert there.acc1 == pytest.approx(trained.test.acc1, abs=1 / 600)
-    assert there.calibration_error == pytest.approx(trained.test.calibration_error, abs=1e-3)
+    assert there.calibration_error == pytest.approx(trained.test.calibration_error, abs=0.01)  # rows go to other bins
     tables = []
     for device in ("cpu", CUDA):
         write_predictions(corpus / "train", probe, tmp_path / "p.parquet", top=3, device=device)
         tables.append(pq.read_table(tmp_path / "p.parquet")["probability"].to_pylist())
-    np.testing.assert_allclose(*tables, atol=1e-5)
+    np.testing.assert_allclose(*tables, atol=1e-4)  # of logits up to 30
 
 
 @pytest.mark.cuda
 def test_few_shots_and_searches_on_a_gpu(corpus, shapes, tmp_path):
     names = DATA / "wds_shapes" / "classnames.txt"
-    curves, searched = [], []
+    named, curves, searched = [], [], []
     for device in ("cpu", CUDA):
-        curves.append(few_shot_curve(shapes, [1, 2], held_out=0.5, names=names, out=tmp_path, device=device,
-                                     precision="fp32"))  # fmt: skip
-        searched.append(train_probe(corpus / "train", test=corpus / "test", c=None, out=tmp_path, device=device))
-    here, there = curves
-    rows = here.test_rows
+        how = {"out": tmp_path, "device": device}
+        named.append(few_shot_curve(shapes, [2], held_out=0.5, names=names, precision="fp32", **how))
+        curves.append(few_shot_curve(corpus / "train", [1, 16], test=corpus / "test", **how))
+        searched.append(train_probe(corpus / "train", test=corpus / "test", c=None, **how))
     # A row or two lie so near to the border of two classes that rounding decides.
-    assert there.zero_shot == pytest.approx(here.zero_shot, abs=2 / rows)
-    for one, other in zip(here.points, there.points, strict=True):
-        assert other.acc1 == pytest.approx(one.acc1, abs=2 / rows)
+    assert named[1].zero_shot == pytest.approx(named[0].zero_shot, abs=2 / named[0].test_rows)
+    for here, there in (named, curves):
+        for one, other in zip(here.points, there.points, strict=True):
+            assert other.acc1 == pytest.approx(one.acc1, abs=2 / here.test_rows)
     # Of validation rows as well, so that among strengths as good as each other another one may be taken.
     assert abs(searched[1].test.acc1 - searched[0].test.acc1) < 0.02
     scores = [max(trial["acc1"] for trial in one.training["search"]["trials"]) for one in searched]
