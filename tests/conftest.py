@@ -13,6 +13,19 @@ from clipindex.types import Encoding, ModelInfo, ModelSpec, Preprocess, Vectors
 # spinning, they take a machine's cores from each other and from whatever else runs. Read when those are first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+CUDA = "cuda"
+DEVICES = ["cpu", pytest.param(CUDA, marks=pytest.mark.cuda)]
+"""For tests of what is the same on both; where there is no CUDA device, tests with the mark are skipped."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("cuda"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+
 
 class PixelEncoder:
     """A stand-in tower whose embedding is the image itself, shrunk: fast, and it tells images apart."""

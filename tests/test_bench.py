@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import CUDA
 from PIL import Image
 
 from clipindex.bench import ceilings
@@ -71,6 +72,23 @@ def test_every_stage_is_measured_beside_its_ceiling(work):
     assert report["peak_memory_bytes"] > 50e6
     with Image.open(plot) as image:
         assert image.width > 1000
+
+
+@pytest.mark.cuda
+def test_every_stage_is_measured_on_cuda(work):
+    done = bench(work, "--device", CUDA, "--precisions", "fp32,bf16", "--batch-sizes", "4", "--json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    rows = report["measurements"]
+    assert all(row["images_per_s"] > 0 and row["ceiling_per_s"] > 0 for row in rows)
+    assert [row["setting"] for row in rows if row["stage"] == "copy"] == [f"batch of 4 to {CUDA}"] * 2
+    # nvJPEG decodes what it can, or a warning says why not; the CPU does in any case.
+    assert len([row for row in rows if row["stage"] == "decode"]) in (2, 4)
+    assert [row["setting"] for row in rows if row["stage"] == "end to end"] == [
+        f"demo, {precision} on {CUDA}, batch of 4" for precision in ("fp32", "bf16")
+    ]
+    assert report["peak_device_memory_bytes"] > 1e6
+    assert report["machine"]["gpu"]
 
 
 def test_the_corpus_is_used_again_and_nothing_else_is_left(work):

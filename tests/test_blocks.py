@@ -3,6 +3,7 @@ import copy
 import open_clip
 import pytest
 import torch
+from conftest import CUDA
 from open_clip.transformer import CustomTransformer, Transformer, VisionTransformer
 from torch import nn
 
@@ -29,11 +30,8 @@ def reference(query, key, value, mask):
     return torch.einsum("nhlm,nhmd->nlhd", scores.softmax(-1), value.double()).flatten(2)
 
 
-@pytest.mark.parametrize("scores_bytes", [1, 5000, 1 << 23])  # a head at a time, some, all
-@pytest.mark.parametrize("length", [1, 9])
-@pytest.mark.parametrize("mask", ["none", "causal", "for each"])
-def test_attention_is_that_of_the_reference(monkeypatch, scores_bytes, length, mask):
-    monkeypatch.setattr(blocks, "_SCORES_BYTES", scores_bytes)
+def attended(device, length, mask):
+    """What is found on a device, and what is right."""
     torch.manual_seed(1)
     projected = torch.randn(5, 9, 3, 4, 8)
     query, key, value = projected.permute(2, 0, 3, 1, 4)
@@ -43,8 +41,24 @@ def test_attention_is_that_of_the_reference(monkeypatch, scores_bytes, length, m
         "causal": torch.full((length, 9), float("-inf")).triu(1),
         "for each": torch.randn(20, length, 9),
     }
-    found = attend(query, key, value, masks[mask])
-    torch.testing.assert_close(found.double(), reference(query, key, value, masks[mask]), atol=1e-5, rtol=1e-5)
+    given = (None if one is None else one.to(device) for one in (query, key, value, masks[mask]))
+    return attend(*given).cpu().double(), reference(query, key, value, masks[mask])
+
+
+@pytest.mark.parametrize("scores_bytes", [1, 5000, 1 << 23])  # a head at a time, some, all
+@pytest.mark.parametrize("length", [1, 9])
+@pytest.mark.parametrize("mask", ["none", "causal", "for each"])
+def test_attention_is_that_of_the_reference(monkeypatch, scores_bytes, length, mask):
+    monkeypatch.setattr(blocks, "_SCORES_BYTES", scores_bytes)
+    torch.testing.assert_close(*attended("cpu", length, mask), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("length", [1, 9])
+@pytest.mark.parametrize("mask", ["none", "causal", "for each"])
+def test_attention_on_cuda_is_that_of_the_reference(length, mask):
+    # Fused kernels there are made for speed in float32 too, with exponentials of their own.
+    torch.testing.assert_close(*attended(CUDA, length, mask), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import run_cli, run_process
+from conftest import DEVICES
 from corpus import encoded, labelled, picture, write_tar
 
 from clipindex import ModelSpec, embed, list_shards, load_model, measure_retrieval, read_embeddings, read_samples
@@ -80,14 +81,15 @@ def by_definition(folder, ks):
     return found, len(rows), len(texts)
 
 
-def test_recall_is_that_of_the_definition(distinct):
+@pytest.mark.parametrize("device", DEVICES)
+def test_recall_is_that_of_the_definition(distinct, device):
     seen, compared = [], []
-    summary = measure_retrieval(
-        distinct, k=(10, 1, 5), on_captions=seen.append, on_images=lambda *of: compared.append(of), **HERE
-    )
+    how = {"on_captions": seen.append, "on_images": lambda *of: compared.append(of), "precision": "fp32"}
+    summary = measure_retrieval(distinct, k=(10, 1, 5), device=device, **how)
     expected, images, captions = by_definition(distinct, (1, 5, 10))
     assert captions > 256  # more than are compared at once
-    assert summary.metrics == pytest.approx(expected)
+    # Texts that are embedded elsewhere differ in their last bits: a neighbour as near may change places.
+    assert summary.metrics == pytest.approx(expected, abs=1e-6 if device == "cpu" else 2 / images)
     assert list(summary.metrics) == list(expected)
     assert 0.02 < summary.metrics["image_retrieval_recall@10"] < summary.metrics["text_retrieval_recall@10"] < 1
     assert (summary.images, summary.captions, summary.empty_captions) == (images, captions, 0)

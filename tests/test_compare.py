@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import run_cli
+from conftest import CUDA
 from probe_data import features, model, write_directory
 from scipy.stats import binomtest
 from sklearn.linear_model import LogisticRegression
@@ -80,6 +81,16 @@ def test_two_encoders_on_the_same_rows(pair, found):
     document = json.loads((pair / "out" / "compare.json").read_text())
     assert document["encoders"][0]["few_shot"][2]["mean"] == good.few_shot[2].mean
     assert document["encoders"][1]["no_zero_shot"] == "no class names were given"
+
+
+@pytest.mark.cuda
+def test_a_gpu_compares_them_alike(pair, found, tmp_path):
+    there = compare_encoders([pair / "good", pair / "worse"], shots=[16, 2, 1], out=tmp_path, device=CUDA)
+    for one, other in zip(found.encoders, there.encoders, strict=True):
+        # Sums in another order move a row or two across the border of two classes.
+        assert other.probe.accuracy.acc1 == pytest.approx(one.probe.accuracy.acc1, abs=2 / found.test_rows)
+        means = [[point.mean for point in encoder.few_shot] for encoder in (one, other)]
+        assert means[1] == pytest.approx(means[0], abs=2 / found.test_rows)
 
 
 def test_neither_the_order_of_rows_nor_shards_nor_directories_changes_anything(tmp_path, data, pair, found):

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from conftest import PixelEncoder
+from conftest import DEVICES, PixelEncoder
 from corpus import encoded, labelled, picture, write_tar
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -27,8 +27,6 @@ from clipindex.shards import list_shards
 from clipindex.store import open_dataset, published_shards, read_embeddings, read_rejects
 from clipindex.types import Preprocess
 
-NEEDS_CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)]
 MOST = {"cpu": (2, 0.02), "cuda": (255, 8.0)}
 """Of 255, at worst and on average over an image. How nvJPEG widens chroma is its own affair, and small vivid images
 show that most; benchmarks/gpu.py says what it is for photographs."""
@@ -429,7 +427,6 @@ def test_what_stands_in_the_way(devices, plan, why):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_embed_on_cuda_gives_the_rows_of_the_cpu(tmp_path, corpus):
     options = {"model": "demo", "precision": "fp32", "dtype": "float32", "batch_size": 64, "device": "cuda:0"}
     there = embed(str(corpus), tmp_path / "cuda", decode="cuda", **options)
@@ -447,7 +444,6 @@ def test_embed_on_cuda_gives_the_rows_of_the_cpu(tmp_path, corpus):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_memory_on_the_device_does_not_grow_with_the_calls():
     there = decoder("cuda", preprocess((224, 224)))
     images = photographs() * 16

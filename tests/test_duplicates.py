@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from command_line import run_cli, run_process
+from conftest import CUDA
 from directories import INFO, clustered, write_shard
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -138,6 +139,24 @@ def test_memory_and_precision_change_nothing(made, tmp_path, monkeypatch, kind, 
     assert groups_of(tmp_path / "small") == truth(made)[0] or kind == "ivf"
     assert len(reads) > 5 and max(reads) <= 500_000 / 4 / INFO.dim / (2 + 2)
     assert sum(pieces) == sum(reads) and max(pieces) == 50
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", ["flat", "ivf"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_groups_on_cuda_are_those_of_the_cpu(made, tmp_path, monkeypatch, kind, precision):
+    """To the row: what products leave open is decided by cosines that the CPU computes."""
+    build_index(made, kind=kind, target_recall=0.9, rebuild=True, **HERE)
+    for name in ("whole", "pieces"):
+        found = find_duplicates(made, threshold=THRESHOLD, target_recall=1, out=tmp_path / name, device=CUDA,
+                                precision=precision)  # fmt: skip
+        assert groups_of(tmp_path / name) == truth(made)[0]
+        assert found.recall == 1
+        monkeypatch.setattr(duplicates.pairs, "PIECE", 64)
+        monkeypatch.setattr(duplicates.pairs, "TILE_SCORES", 64 * 128)
+    here = find_duplicates(made, threshold=THRESHOLD, target_recall=0.9, out=tmp_path / "here", **HERE)
+    there = find_duplicates(made, threshold=THRESHOLD, target_recall=0.9, out=tmp_path / "there", device=CUDA)
+    assert (there.lists, there.recall) == pytest.approx((here.lists, here.recall), rel=0.1)
 
 
 def test_a_cuda_device_has_memory_of_its_own(made, monkeypatch):

@@ -1,11 +1,14 @@
 import gc
 import json
+import subprocess
+import sys
 import weakref
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+from conftest import CUDA
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
@@ -326,13 +329,67 @@ def test_precision_on_cuda(monkeypatch, capability, expected):
     assert choose_precision("fp16", torch.device("cuda", 0)) == "fp16"
 
 
+EXHAUSTED = """
+import logging, sys
+import numpy as np, torch
+from clipindex import ModelSpec, load_model
+from clipindex.encode import ImageTower
+from clipindex.errors import UsageError
+
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+device = torch.device(sys.argv[2], 0)
+tower = ImageTower(load_model(ModelSpec(name=sys.argv[1], random_init=0)), device=device, precision="fp32")
+images = np.random.default_rng(0).integers(0, 256, (1024, 64, 64, 3), np.uint8)
+few = np.concatenate([tower.encode(images[at : at + 32]).unit for at in range(0, 1024, 32)])
+
+def allow(more):
+    torch.cuda.empty_cache()
+    total = torch.cuda.mem_get_info(device)[1]
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(device) + more) / total, device)
+
+allow(64 << 20)  # of the 120 MiB that the pixels alone take in float32
+for _ in range(2):
+    print("off by", np.abs(tower.encode(images).unit - few).max())
+
+allow(0)
+kept, size = [], 1 << 26
+while size >= 512:  # all that is left between what there is
+    try:
+        kept.append(torch.empty(size, dtype=torch.uint8, device=device))
+    except torch.OutOfMemoryError:
+        size //= 2
+try:
+    tower.encode(images)
+except UsageError as error:
+    print("refused:", error)
+del kept
+allow(64 << 20)
+print("again", np.abs(tower.encode(images[:1]).unit - few[:1]).max())
+"""
+
+
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_cuda_device_whose_memory_is_too_small_encodes_fewer_at_once(tmp_path):
+    """In a process of its own, whose share of the device's memory is limited for good."""
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODELS["vit"]}))
+    command = [sys.executable, "-c", EXHAUSTED, tmp_path, CUDA]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    first, second = (at for at, line in enumerate(lines) if line.startswith("off by"))
+    assert first > 0 and second == first + 1  # it remembers what fits
+    assert lines[0].endswith("has no memory for 1024 images at once: going on with 512")
+    # Products of other shapes sum in another order.
+    assert all(float(line.split()[-1]) < 1e-4 for line in (lines[first], lines[second], lines[-1]))
+    assert "no memory for one image" in lines[-2] and lines[-2].startswith("refused: ")
+
+
+@pytest.mark.cuda
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 0.9999), ("bf16", 0.9995), ("fp16", 0.9999)])
 @pytest.mark.parametrize("name", MODELS)
 def test_cuda_agrees_with_the_cpu(loaded_models, name, precision, bound):
     loaded = loaded_models(name)
-    device = torch.device("cuda", 0)
+    device = torch.device(CUDA, 0)
     images = pictures(loaded)
     pinned = torch.from_numpy(images).pin_memory()
     image, text = plain_loop(loaded, images, TEXTS)
@@ -342,10 +399,9 @@ def test_cuda_agrees_with_the_cpu(loaded_models, name, precision, bound):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_batches_that_are_begun_ahead_are_not_mixed_up(loaded_models):
     loaded = loaded_models("vit")
-    tower = ImageTower(loaded, device=torch.device("cuda", 0), precision="fp32")
+    tower = ImageTower(loaded, device=torch.device(CUDA, 0), precision="fp32")
     rng = np.random.default_rng(0)
     batches = []
     for size in (64, 64, 7, 64, 33, 64, 1, 64) * 4:

@@ -2,11 +2,8 @@ import json
 import re
 import shutil
 
-import datasets
-import duckdb
 import numpy as np
 import pandas as pd
-import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -183,6 +180,10 @@ def test_npy_in_either_dtype(made, tmp_path, source, dtype):
 
 
 def test_parquet_as_everybody_reads_it(made, tmp_path):
+    import datasets
+    import duckdb
+    import polars
+
     summary = export_embeddings(made / "out", tmp_path / "x", format="parquet")
     assert summary.dtype == "float32"
     names = [record.name for record in published_shards(made / "out").values() if record.rows]
@@ -201,6 +202,8 @@ def test_parquet_as_everybody_reads_it(made, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_arrow_as_hugging_face_datasets_open_it(made, tmp_path, dtype):
+    import datasets
+
     export_embeddings(made / "out", tmp_path / "x", format="arrow", dtype=dtype)
     assert files(tmp_path / "x") == [
         "_export.json",

@@ -4,11 +4,11 @@ import json
 import logging
 import shutil
 
-import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from command_line import run_cli
+from conftest import CUDA
 from corpus import encoded, labelled, picture, write_tar
 
 from clipindex import (
@@ -66,6 +66,27 @@ def test_both_columns_hold_what_the_single_directories_do(folders):
     assert vectors(folders / "pre-projection")[0].shape == (49, 512)
     with pytest.raises(FingerprintError, match="timm:test_resnet"):
         find_vectors(both, read_dataset(both), read_dataset(folders / "timm").model)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["both", "timm"])
+def test_both_columns_and_backbones_on_cuda_are_those_of_the_cpu(folders, tmp_path, name):
+    which = {"both": {"features": "both", "model": "demo"}, "timm": {"model": "timm:test_resnet", "random_init": 0}}
+    how = {"precision": "fp32", "device": CUDA, "decode": "cpu", **which[name]}
+    # 49 images: the last batch has one, in memory for sixteen.
+    for run in ("first", "second"):
+        assert embed(str(folders / "corpus"), tmp_path / run, batch_size=16, **how).rows == 49
+    embed(str(folders / "corpus"), tmp_path / "whole", batch_size=64, **how)
+    for column in ("embedding", PRE_PROJECTION)[: 2 if name == "both" else 1]:
+        unit, norms = vectors(tmp_path / "first", column)
+        again = vectors(tmp_path / "second", column)
+        assert np.array_equal(unit, again[0]) and np.array_equal(norms, again[1])
+        # Sums in another order: of what is stored as half floats, the last bit, at most 5e-4, may be another one.
+        for other, their_norms in (vectors(tmp_path / "whole", column), vectors(folders / name, column)):
+            np.testing.assert_allclose(unit.astype(np.float32), other.astype(np.float32), atol=1e-3)
+            np.testing.assert_allclose(norms, their_norms, rtol=1e-3)
+    checked = verify(tmp_path / "first", deep=True, precision="fp32", device=CUDA)
+    assert (checked.faults, checked.least_cosine > 0.9999) == ([], True)
 
 
 @pytest.mark.parametrize("name", ["projected", "pre-projection", "both", "timm"])
@@ -246,18 +267,24 @@ def test_features_of_another_models_projection_are_refused(folders, tmp_path):
         verify(tmp_path / "out", deep=True, **HOW)
 
 
+def opened_by_datasets(folder):
+    import datasets
+
+    return datasets.load_from_disk(folder)
+
+
 @pytest.mark.parametrize("form", ["npy", "parquet", "arrow"])
 def test_either_kind_is_exported(folders, tmp_path, form, caplog):
     caplog.set_level(logging.INFO)
     read = {
         "npy": lambda out: np.concatenate([np.load(path) for path in sorted(out.glob("img_emb/*.npy"))]),
         "parquet": lambda out: np.stack(pq.read_table(out)["embedding"].to_pylist()),
-        "arrow": lambda out: datasets.load_from_disk(out).with_format("numpy")["embedding"][:],
+        "arrow": lambda out: opened_by_datasets(out).with_format("numpy")["embedding"][:],
     }[form]
     norms = {
         "npy": lambda out: pq.read_table(out / "metadata")["norm"],
         "parquet": lambda out: pq.read_table(out)["norm"],
-        "arrow": lambda out: datasets.load_from_disk(out)["norm"],
+        "arrow": lambda out: opened_by_datasets(out)["norm"],
     }[form]
     said = "the features before the projection are not exported; --pre-projection exports them"
     for before, column in ((False, "embedding"), (True, PRE_PROJECTION)):

@@ -12,12 +12,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from command_line import run_cli, run_process
+from conftest import CUDA, DEVICES
 from directories import INFO, clustered, write_directory, write_shard
 
 from clipindex import build_index, search, verify
 from clipindex.errors import ClipindexError, FingerprintError, IndexingError, StoreError, UsageError
 from clipindex.index import build
-from clipindex.nearest import Filter
+from clipindex.nearest import Filter, scan
 from clipindex.retrieval import Query
 from clipindex.store import published_shards, read_embeddings
 
@@ -99,6 +100,34 @@ def test_each_kind_reaches_its_target_and_says_so_truly(indexed, kind):
     document = json.loads((folder / "index" / "metadata.json").read_text())
     assert document["recall"]["image"]["recall_at_10"] == recall.recall_at_10
     assert not index_faults(folder)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", ["ivf", "ivfpq"])
+def test_an_index_of_cudas_centroids_finds_as_much_with_as_little_effort(indexed, tmp_path, kind):
+    folder, here = indexed(kind=kind, target_recall=0.9)
+    there = build_index(folder, kind=kind, target_recall=0.9, rebuild=True, device=CUDA)
+    assert there.recall["image"].recall_at_10 >= 0.9
+    # Other centroids out of the same beginning: in bf16, with sums in any order. A CPU's float32 asks for as many.
+    assert here.effort.probes / 2 <= there.effort.probes <= here.effort.probes * 2
+    others = [f"s{at % 3}-{at}" for at in range(5, 605, 3)]
+    assert found_of_truth(folder, others) == pytest.approx(there.recall["image"].recall_at_10, abs=0.06)
+    assert not index_faults(folder)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("where", [Filter(), Filter(labels=(3, 4))])
+def test_all_rows_are_looked_at_on_any_device(made, device, where):
+    rows, _ = stored(made)
+    asked = rows[::11] / np.linalg.norm(rows[::11], axis=1, keepdims=True)
+    passing = np.flatnonzero(np.isin(np.arange(6000) % 2000 % 10, where.labels or range(10)))
+    cosines = asked @ rows[passing].T
+    found = scan(made, asked, 101, where=where, device=device)
+    # Sums in float32, in another order.
+    np.testing.assert_allclose(found.cosines, -np.sort(-cosines, axis=1)[:, :101], atol=1e-5)
+    places = found.rows + 2000 * np.array([int(name[1:]) for name in found.names])[found.shards]
+    assert np.isin(places, passing).all()
+    np.testing.assert_allclose(np.take_along_axis(asked @ rows.T, places, axis=1), found.cosines, atol=1e-5)
 
 
 def test_the_effort_is_the_least_that_reaches_the_target(folder):

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import CUDA
 from probe_data import features
 from sklearn.linear_model import LogisticRegression
 
@@ -142,12 +143,11 @@ def test_blocks_are_smaller_for_many_classes():
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("low", [None, torch.bfloat16])
 def test_a_gpu_finds_the_same_minimum(low):
     x, y = features(3000)
     here = fit(problem(x, y), 0.316)
-    rows, labels = torch.from_numpy(x).cuda(), torch.from_numpy(y).cuda()
+    rows, labels = torch.from_numpy(x).to(CUDA), torch.from_numpy(y).to(CUDA)
     there = fit(Problem(lambda: [Block(rows, None, labels)], 7, low=low), 0.316)
     assert there.objective == pytest.approx(here.objective, rel=1e-5)
-    assert there.weights.device.type == "cuda"
+    assert there.weights.device.type == CUDA

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import CUDA
 from probe_data import features, read_back, write_directory
 from sklearn.calibration import calibration_curve
 from sklearn.linear_model import LogisticRegression
@@ -366,10 +367,9 @@ def test_of_many_classes_both_ends_are_shown(tmp_path):
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_finds_the_same(corpus, trained, tmp_path):
-    found = train_probe(corpus / "train", test=corpus / "test", label="labels", out=tmp_path, device="cuda")
+    found = train_probe(corpus / "train", test=corpus / "test", label="labels", out=tmp_path, device=CUDA)
     assert found.training["objective"] == pytest.approx(trained.training["objective"], rel=1e-5)
     assert found.test.mean_average_precision == pytest.approx(trained.test.mean_average_precision, abs=1e-3)
-    searched = train_probe(corpus / "train", c=None, label="labels", out=tmp_path, device="cuda")
+    searched = train_probe(corpus / "train", c=None, label="labels", out=tmp_path, device=CUDA)
     assert searched.training["converged"]

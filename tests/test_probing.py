@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from command_line import run_cli, run_process
+from conftest import CUDA
 from probe_data import features, model, read_back, write_directory
 from safetensors.torch import load_file, save
 from sklearn.linear_model import LogisticRegression
@@ -16,8 +17,9 @@ from clipindex.demo import DATA
 from clipindex.embed_job import embed
 from clipindex.errors import ClassesError, FingerprintError, StoreError, UsageError
 from clipindex.probing import write_predictions
+from clipindex.probing.adamw import train_adamw
 from clipindex.probing.protocols import search_peak
-from clipindex.probing.rows import random_ranks, split
+from clipindex.probing.rows import Held, random_ranks, split
 from clipindex.store import read_dataset
 
 CPU = {"device": "cpu"}
@@ -68,6 +70,62 @@ def test_rows_that_do_not_fit_into_memory_give_the_same(corpus, trained, tmp_pat
     assert (trained.training["in_memory"], streamed.training["in_memory"]) == (True, False)
     assert streamed.training["objective"] == pytest.approx(trained.training["objective"], rel=1e-5)
     assert abs(streamed.test.acc1 - trained.test.acc1) <= 1 / 600
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("memory_bytes", [None, 1])
+def test_a_gpu_finds_the_same(corpus, trained, tmp_path, memory_bytes):
+    """Sums in another order leave the minimum where it is, to what the descent's end allows of its objective."""
+    found = train_probe(corpus / "train", test=corpus / "test", memory_bytes=memory_bytes, out=tmp_path, device=CUDA)
+    assert found.training["objective"] == pytest.approx(trained.training["objective"], rel=1e-5)
+    assert abs(found.test.acc1 - trained.test.acc1) <= 2 / 600
+    assert (found.training["in_memory"], found.training["device"]) == (memory_bytes is None, CUDA)
+    probe = read_probe(corpus / "probe")
+    there = evaluate_probe(corpus / "test", probe, device=CUDA)
+    assert there.acc1 == pytest.approx(trained.test.acc1, abs=1 / 600)
+    assert there.calibration_error == pytest.approx(trained.test.calibration_error, abs=0.01)  # rows go to other bins
+    tables = []
+    for device in ("cpu", CUDA):
+        write_predictions(corpus / "train", probe, tmp_path / "p.parquet", top=3, device=device)
+        tables.append(pq.read_table(tmp_path / "p.parquet")["probability"].to_pylist())
+    np.testing.assert_allclose(*tables, atol=1e-4)  # of logits up to 30
+
+
+@pytest.mark.cuda
+def test_few_shots_and_searches_on_a_gpu(corpus, shapes, tmp_path):
+    names = DATA / "wds_shapes" / "classnames.txt"
+    named, curves, searched = [], [], []
+    for device in ("cpu", CUDA):
+        how = {"out": tmp_path, "device": device}
+        named.append(few_shot_curve(shapes, [2], held_out=0.5, names=names, precision="fp32", **how))
+        curves.append(few_shot_curve(corpus / "train", [1, 16], test=corpus / "test", **how))
+        searched.append(train_probe(corpus / "train", test=corpus / "test", c=None, **how))
+    # A row or two lie so near to the border of two classes that rounding decides.
+    assert named[1].zero_shot == pytest.approx(named[0].zero_shot, abs=2 / named[0].test_rows)
+    for here, there in (named, curves):
+        for one, other in zip(here.points, there.points, strict=True):
+            assert other.acc1 == pytest.approx(one.acc1, abs=2 / here.test_rows)
+    # Of validation rows as well, so that among strengths as good as each other another one may be taken.
+    assert abs(searched[1].test.acc1 - searched[0].test.acc1) < 0.02
+    scores = [max(trial["acc1"] for trial in one.training["search"]["trials"]) for one in searched]
+    assert scores[1] == pytest.approx(scores[0], abs=0.01)
+
+
+@pytest.mark.cuda
+def test_adamw_on_a_gpu_goes_the_same_way(corpus, tmp_path):
+    x, labels = labelled(corpus / "train", "normalized")
+    ids = np.searchsorted(GAPS, labels)
+    weights = []
+    for device in ("cpu", CUDA):
+        rows = Held(embedding=torch.from_numpy(x).to(device), norm=None, labels=torch.from_numpy(ids).to(device),
+                    class_ids=ids)  # fmt: skip
+        weights.append(torch.cat([one.flatten().cpu() for one in train_adamw(rows, None, 7, 1e-3, 0, lambda: None)]))
+    # The first weights and the order of rows are drawn on the CPU. Rounding of 1e-6 in the features ends as 5e-6 of 7.
+    assert weights[0].abs().max() > 1
+    torch.testing.assert_close(*weights, atol=1e-3, rtol=0)
+    how = {"test": corpus / "test", "protocol": "clip-benchmark", "out": tmp_path}
+    here, there = (train_probe(corpus / "train", device=device, **how).test.acc1 for device in ("cpu", CUDA))
+    assert there == pytest.approx(here, abs=0.02)  # of decays that are as good as each other, another one
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

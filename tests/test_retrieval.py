@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from command_line import run_cli, run_process
+from conftest import CUDA
 from corpus import encoded, labelled, picture, write_tar
 from PIL import Image
 
@@ -64,6 +65,17 @@ def test_a_text_finds_its_images(shapes):
     (hits,) = search(shapes / "out", [Query(texts=("a photo of a red oval",))], k=5, **HERE)
     assert sum(hit.caption == "A red oval" for hit in hits) >= 4
     assert hits == sorted(hits, key=lambda hit: -hit.cosine)
+
+
+@pytest.mark.cuda
+def test_queries_that_are_embedded_on_cuda_find_the_same(shapes, tmp_path):
+    (tmp_path / "x.jpg").write_bytes(encoded(picture(seed=9)))
+    queries = [Query(texts=("a photo of a red oval",)), Query(images=(tmp_path / "x.jpg",))]
+    here, there = (search(shapes / "out", queries, k=20, device=device, precision="fp32") for device in ("cpu", CUDA))
+    for one, other in zip(here, there, strict=True):
+        # Of the queries' vectors the last bits differ, so that neighbours as near may change places.
+        np.testing.assert_allclose([hit.cosine for hit in one], [hit.cosine for hit in other], atol=1e-5)
+        assert len({hit.key for hit in one} & {hit.key for hit in other}) >= 19
 
 
 def test_an_image_finds_itself_and_its_bytes_are_cut_out_of_the_tar(shapes, tmp_path):

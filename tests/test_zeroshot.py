@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import CUDA
 from corpus import labelled, write_tar
 
 from clipindex import ModelSpec, build_classifier, classify, classify_images, embed, load_model, read_embeddings
@@ -65,6 +66,24 @@ def test_predictions_follow_from_the_text_towers_vectors(digits, summary):
         np.testing.assert_allclose(
             np.array(table["cosine"].to_pylist()), np.take_along_axis(cosines, ids, axis=1), atol=1e-5
         )
+
+
+@pytest.mark.cuda
+def test_embedded_and_classified_on_cuda_images_are_in_the_same_classes(digits, summary, tmp_path):
+    how = {"precision": "fp32", "device": CUDA}
+    embed(str(DIGITS), tmp_path, model="demo", decode="cpu", batch_size=64, **how)
+    there = classify(tmp_path, classes=CLASSES, templates=TEMPLATES, **how)
+    paths = [sorted((folder / "predictions").glob("*.parquet")) for folder in (digits, tmp_path)]
+    tables = [pa.concat_tables(map(pq.read_table, some)) for some in paths]
+    assert tables[0]["key"] == tables[1]["key"]
+    classes = [np.array(table["class_id"].to_pylist())[:, 0] for table in tables]
+    cosines = [np.array(table["cosine"].to_pylist()) for table in tables]
+    # Vectors whose last bits differ are rounded to other half floats: cosines to within a thousandth.
+    np.testing.assert_allclose(*cosines, atol=1e-3)
+    clear = cosines[0][:, 0] - cosines[0][:, 1] > 2e-3
+    assert clear.mean() > 0.9
+    np.testing.assert_array_equal(classes[0][clear], classes[1][clear])
+    assert abs(there.acc1 - summary.acc1) <= (~clear).mean()
 
 
 def test_metrics_json_has_the_summary_and_each_class(digits, summary):
