@@ -17,6 +17,8 @@ from clipindex.types import Encoding, Float32Array, UInt8Array, Vectors
 
 log = logging.getLogger(__name__)
 
+_EXHAUSTED = ("_STATUS_ALLOC_FAILED", "unable to find an engine", "DefaultCPUAllocator")
+"""Of plain RuntimeErrors for want of memory: cuBLAS's and cuDNN's for their workspaces, and that of a CPU."""
 _TEXT_BATCH = 256
 _TEXT_LENGTH_STEP = 16  # tokens; few shapes, so that similar texts are computed alike
 
@@ -92,7 +94,9 @@ class ImageTower:
         while True:
             try:
                 return self._begin(images)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not _is_exhaustion(error):
+                    raise
                 failed = error.with_traceback(None)  # whose frames hold what was computed by then
             self._halve(len(images), failed)
 
@@ -111,10 +115,13 @@ class ImageTower:
 
         return finish
 
-    def _halve(self, wanted: int, error: torch.OutOfMemoryError) -> None:
+    def _halve(self, wanted: int, error: RuntimeError) -> None:
         tried = min(self._fitting, wanted)
         if tried == 1:
-            raise UsageError(f"{self.device} has no memory for one image; free some, or take another device") from error
+            said = str(error).partition("\n")[0]
+            raise UsageError(
+                f"{self.device} has no memory for one image; free some, or take another device ({said})"
+            ) from error
         self._fitting = tried // 2
         torch.cuda.empty_cache()
         log.warning("%s has no memory for %d images at once: going on with %d", self.device, tried, self._fitting)
@@ -203,6 +210,10 @@ class TextTower:
         self._text.attn_mask = mask[:length, :length]
         self._text.positional_embedding = nn.Parameter(positions[:length], requires_grad=False)
         return tokens[:, :length]
+
+
+def _is_exhaustion(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in _EXHAUSTED)
 
 
 def _vectors(columns: Sequence[torch.Tensor]) -> Vectors:

@@ -204,8 +204,18 @@ def test_towers_leave_the_model_alone_and_let_the_rest_go(tmp_path, precision):
     np.testing.assert_array_equal(image.encode(images)[0], first[0])
 
 
-def test_memory_that_is_too_small_halves_the_batch_and_loses_no_row(tmp_path, caplog):
-    """The limit stands in for a device's memory, whose end CUDA reports by this very exception."""
+@pytest.mark.parametrize(
+    "exhausted",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["allocator", "cuBLAS", "cuDNN", "CPU"],
+)
+def test_memory_that_is_too_small_halves_the_batch_and_loses_no_row(tmp_path, caplog, exhausted):
+    """The limit stands in for a device's memory, whose end PyTorch reports by these very exceptions."""
     folder = tmp_path / "m"
     folder.mkdir()
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": MODELS["vit"]}))
@@ -216,7 +226,7 @@ def test_memory_that_is_too_small_halves_the_batch_and_loses_no_row(tmp_path, ca
     def refuse_more_than(limit):
         def hook(module, arguments):
             if len(arguments[0]) > limit:
-                raise torch.OutOfMemoryError(f"{len(arguments[0])} images")
+                raise exhausted
 
         return loaded.model.visual.register_forward_pre_hook(hook)
 
@@ -231,8 +241,23 @@ def test_memory_that_is_too_small_halves_the_batch_and_loses_no_row(tmp_path, ca
     handle.remove()
 
     refuse_more_than(0)
-    with pytest.raises(UsageError, match="no memory for one image"):
+    with pytest.raises(UsageError, match="no memory for one image") as refused:
         ImageTower(loaded, device=CPU, precision="fp32").encode(images)
+    assert str(exhausted) in str(refused.value)
+
+
+def test_what_is_no_want_of_memory_is_raised_as_it_is(loaded_models):
+    loaded = loaded_models("vit")
+
+    def fail(module, arguments):
+        raise RuntimeError("device lost")
+
+    handle = loaded.model.visual.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(RuntimeError, match="device lost"):
+            ImageTower(loaded, device=CPU, precision="fp32").encode(pictures(loaded, 2))
+    finally:
+        handle.remove()
 
 
 def test_text_towers_hold_no_images(loaded_models):
