@@ -51,12 +51,12 @@ MODELS = ("ViT-B-32", "ViT-L-14", "ViT-B-16")
 LIMIT_S = 500.0
 """Of ten minutes, of which starting, installing and killing take some."""
 STEPS_S = {
-    "gpu_decode_precision": 50,
+    "gpu_decode_precision": 60,
     "gpu_precision": 75,
     "gpu_speed": 150,
     "gpu_decode_speed": 120,
     "feed": 45,
-    "encode_paths": 60,
+    "encode_paths": 50,
 }
 """At most, of each, in this order; the last one has all that is left, which is more where others end early."""
 KILL_S = 10
