@@ -89,6 +89,8 @@ def main() -> None:
 
 def _every_step(options: argparse.Namespace) -> None:
     until = time.perf_counter() + options.limit_s
+    # What a shell runs in the background ignores it, and so would the steps, which are stopped by it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     rows: list[Row] = []
     kept = ["--results", str(options.results), *(["--save", options.save] if options.save else [])]
     device = ["--device", str(options.chosen)]
