@@ -3,11 +3,13 @@
 Right: the deviation of its pixels from the CPU's way, and the cosine of their embeddings, for photographs in each form
 that is for the device. Expected: within 2/255 for 4:4:4 and grey; for 4:2:0 at 500 x 375 up to 20/255 and 0.5 on
 average, since nvJPEG repeats chroma samples where libjpeg-turbo interpolates. Fast: by images a call and size, beside
-the cores of the CPU; then the whole job each way. Nothing of this has been measured yet. `--device cpu` tries the
-script out.
+the cores of the CPU; and the whole job each way, of as many images and in batches of one size. Nothing of this has been
+measured yet. `--device cpu` tries the script out.
 """
 
 import io
+import math
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,12 +21,13 @@ import torch
 from PIL import Image
 from reporting import Row, arguments, finish
 
-from clipindex.bench.corpus import write_corpus
+from clipindex.batch_size import fastest_batch_size
+from clipindex.bench.corpus import repeated, write_corpus
 from clipindex.bench.measure import Measurement, measure_decode, measure_device_decode
 from clipindex.bench.utilisation import describe_utilisation, sampling_utilisation
 from clipindex.decode import MAX_PIXELS, decode_image
 from clipindex.decode.on_device import DeviceDecoder
-from clipindex.devices import choose_devices
+from clipindex.devices import choose_devices, choose_precision
 from clipindex.embed_job import embed
 from clipindex.encode import ImageTower
 from clipindex.models import LoadedModel, load_model
@@ -34,10 +37,20 @@ from clipindex.types import ModelSpec, Sample, UInt8Array
 
 MODEL = "ViT-B-32"
 NUM_PHOTOGRAPHS = 48
-CHUNKS = (1, 8, 16, 32, 64, 128)
-SIZES = {(500, 375): 2048, (1600, 1200): 256}
-WAYS = (("cpu", "exact"), ("cuda", "exact"), ("auto", "exact"), ("cpu", "fast"), ("auto", "fast"))
-"""--decode and --preprocess of the whole job."""
+SMALL, LARGE = (500, 375), (1600, 1200)
+IMAGES = 4096
+"""Different ones."""
+SHARD_IMAGES = 1024
+DECODE_TARS = 2
+"""Of small images, that are decoded again and again."""
+NUM_LARGE = 256
+CHUNKS = {SMALL: (32, 8, 128), LARGE: (32,)}
+"""Images a call."""
+WAYS = (("cpu", "exact"), ("cuda", "exact"), ("auto", "fast"), ("auto", "exact"))
+"""--decode and --preprocess of the whole job. Of images so small, the CPU's fast way is the exact one."""
+JOB_S = 6.0
+"""Of a job where the CPU's cores decode."""
+JOB_BATCH = 512
 FORMS: dict[str, dict[str, Any]] = {
     "4:2:0": {"subsampling": "4:2:0"},
     "4:2:2": {"subsampling": "4:2:2"},
@@ -56,12 +69,14 @@ def main() -> None:
     """Measure, print and, with --save, keep."""
     parser = arguments(__doc__)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--images", type=int, default=8192, help="of the whole job")
+    parser.add_argument("--images", type=int, default=IMAGES, help="different ones, that the whole job repeats")
     options = parser.parse_args()
     device = choose_devices(options.device)[0]
     loaded = load_model(ModelSpec(name=MODEL, random_init=0))
     finish("device_decode_precision", compare(loaded, device), options.save, device=device)
-    finish("device_decode_speed", rates(loaded, device, options.images), options.save, device=device)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = rates(loaded, device, options.images, Path(folder))
+    finish("device_decode_speed", rows, options.save, device=device)
 
 
 def compare(
@@ -128,47 +143,62 @@ def _encoded(data: bytes, mode: str = "RGB", size: tuple[int, int] = (500, 375),
     return buffer.getvalue()
 
 
+def corpus(folder: Path, num_images: int) -> list[str]:
+    """Tars of small images, drawn once for all that work in a folder."""
+    return write_corpus(folder / "small", num_images, size=SMALL, shard_images=SHARD_IMAGES)
+
+
 def rates(
     loaded: LoadedModel,
     device: torch.device,
     num_images: int,
+    folder: Path,
     on_rows: Callable[[list[Row]], None] = lambda rows: None,
 ) -> list[Row]:
-    """Images/s of the CPU's cores and of the device at several images a call; then of the whole job each way.
+    """Images/s of the CPU's cores and of the device at several images a call, and of the whole job each way.
 
     What fails is a row that says why, and the others go on.
 
     Args:
         loaded: The model.
         device: That decodes.
-        num_images: Of the whole job.
+        num_images: Different ones.
+        folder: For them; see `corpus`.
         on_rows: Called with all rows whenever there is one more.
     """
     rows: list[Row] = []
     preprocess = loaded.info.preprocess
-    with tempfile.TemporaryDirectory() as folder:
 
-        def note(what: str, setting: str, measure: Callable[[], Row]) -> None:
-            try:
-                rows.append(measure())
-            except Exception as error:  # nvJPEG's, CUDA's
-                said = " ".join(str(error).split())[:300]
-                failed = f"failed: {type(error).__name__}: {said}"
-                rows.append({"what": what, "setting": setting, "images_per_s": "-", "note": failed})
-            on_rows(rows)
+    def note(what: str, setting: str, measure: Callable[[], Row]) -> Row:
+        try:
+            rows.append(measure())
+        except Exception as error:  # nvJPEG's, CUDA's
+            said = " ".join(str(error).split())[:300]
+            failed = f"failed: {type(error).__name__}: {said}"
+            rows.append({"what": what, "setting": setting, "images_per_s": "-", "note": failed})
+        on_rows(rows)
+        return rows[-1]
 
-        for size, number in SIZES.items():
-            name = f"{size[0]}x{size[1]}"
-            tars = write_corpus(Path(folder) / name, min(number, num_images), size=size)
-            note("decode", name, partial(_decoded, partial(measure_decode, tars, name, preprocess, num_cores())))
-            for chunk in CHUNKS:
-                setting = f"{name}, {device}, {chunk} a call"
-                measure = partial(measure_device_decode, tars, name, preprocess, device, chunk)
-                note("decode", setting, partial(_decoded, measure))
-        tars = write_corpus(Path(folder) / "job", num_images)
-        for at, (way, how) in enumerate(WAYS if device.type == "cuda" else WAYS[:1]):
-            job = partial(_job, tars, Path(folder) / f"out_{at}", way, how, device)
+    def decode(tars: Sequence[str], size: tuple[int, int]) -> Row:
+        """The CPU's."""
+        name = f"{size[0]}x{size[1]}"
+        cores = note("decode", name, partial(_decoded, partial(measure_decode, tars, name, preprocess, num_cores())))
+        for chunk in CHUNKS[size]:
+            setting = f"{name}, {device}, {chunk} a call"
+            measure = partial(measure_device_decode, tars, name, preprocess, device, chunk)
+            note("decode", setting, partial(_decoded, measure))
+        return cores
+
+    tars = corpus(folder, num_images)
+    by_cores = decode(tars[:DECODE_TARS], SMALL)["images_per_s"]
+    encoded = fastest_batch_size(ImageTower(loaded, device=device, precision=choose_precision("auto", device)))[1]
+    images = JOB_S * min(encoded, by_cores if isinstance(by_cores, float) else 0.0)
+    with tempfile.TemporaryDirectory() as jobs:
+        many = repeated(tars, Path(jobs) / "tars", max(1, math.ceil(images / num_images)))
+        for way, how in WAYS if device.type == "cuda" else WAYS[:1]:
+            job = partial(_job, many, Path(jobs) / "out", way, how, device)
             note("embed", f"--decode {way} --preprocess {how}", job)
+    decode(write_corpus(folder / "large", min(NUM_LARGE, num_images), size=LARGE), LARGE)
     return rows
 
 
@@ -183,6 +213,7 @@ def _decoded(measure: Callable[[], Measurement]) -> Row:
 
 
 def _job(tars: Sequence[str], out: Path, way: str, how: str, device: torch.device) -> Row:
+    shutil.rmtree(out, ignore_errors=True)  # of the job before
     with sampling_utilisation(device) as samples:
         summary = embed(
             tars,
@@ -192,6 +223,7 @@ def _job(tars: Sequence[str], out: Path, way: str, how: str, device: torch.devic
             device=str(device),
             decode=way,
             preprocess=how,
+            batch_size=JOB_BATCH,
             on_plan=lambda plan: samples.clear(),
         )
     busy = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in summary.stages.busy.items())

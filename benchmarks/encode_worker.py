@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from encode_ways import SHIPPED, WAYS, Way, frozen
+from encode_ways import SHIPPED, WAYS, Way, frozen, without_cudnn_attention
 from low_precision import PRODUCT_TRIES, Int8Linear, bare_8_bit, eight_bit_linear, with_outliers
 from reporting import Row
 from torch import nn
@@ -111,7 +111,7 @@ def _setting(model: str, device: torch.device, folder: Path) -> Setting:
         shipped=shipped,
         variants=_variants(loaded, images, device, folder),
         flops=image_flops(loaded),
-        product=max(product_flops_per_s(device, "bf16") for _ in range(PRODUCT_TRIES)),
+        product=max(product_flops_per_s(device, "bf16") for _ in range(PRODUCT_TRIES[device.type])),
     )
 
 
@@ -162,7 +162,7 @@ def _measured(way: Way, setting: Setting) -> Row:
         again_s=round(again_s, 1),
         pays_after=_pays_after(rate, ratio, start_s - setting.shipped_start_s),
         of_product=round(rate * setting.flops / setting.product, 3),
-        note=_note(way, setting),
+        note=_note(way, tower, setting),
         **{f"{name}, {what}": value for name, pair in cosines.items() for what, value in pair.items()},
     )
 
@@ -245,24 +245,26 @@ def _run(tower: ImageTower, at_once: int, setting: Setting) -> Callable[[], int]
     each = max(1, math.ceil(RUN_S[setting.device.type] / (time.perf_counter() - started) / at_once))
 
     def encode(batch: UInt8Array) -> None:
-        cuda = setting.device.type == "cuda" and at_once > 1
-        stream = torch.cuda.Stream() if cuda else None  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream) if stream else contextlib.nullcontext():
-            begun = tower.begin(batch)
-            for _ in range(each - 1):  # a batch ahead, as the job is
-                before, begun = begun, tower.begin(batch)
-                before()
-            begun()
+        begun = tower.begin(batch)
+        for _ in range(each - 1):  # a batch ahead, as the job is
+            before, begun = begun, tower.begin(batch)
+            before()
+        begun()
+
+    # Each thread keeps its stream, and with it the memory that PyTorch has for that stream.
+    pool = ThreadPoolExecutor(at_once, initializer=partial(_take_stream, setting.device)) if at_once > 1 else None
 
     def run() -> int:
-        if at_once == 1:
-            encode(batches[0])
-        else:
-            with ThreadPoolExecutor(at_once) as pool:
-                list(pool.map(encode, batches))
+        list((pool.map if pool else map)(encode, batches))
         return each * at_once * setting.batch_size
 
+    run()
     return run
+
+
+def _take_stream(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 
 def _cosines(way: Way, tower: ImageTower, module: nn.Module, name: str, setting: Setting) -> dict[str, float]:
@@ -290,14 +292,30 @@ def _pays_after(rate: float, ratio: float, extra_s: float) -> str:
     return f"{max(extra_s, 0.0) * rate / (ratio - 1):,.0f}"
 
 
-def _note(way: Way, setting: Setting) -> str:
+def _note(way: Way, tower: ImageTower, setting: Setting) -> str:
     """What helps to understand a row: of what a batch's time is made, and what the product of its numbers can do."""
     if way.name == SHIPPED:
-        return f"bare bf16 product {setting.product / 1e12:.3g} TFLOP/s; {_parts(setting)}"
+        return (
+            f"bare bf16 product {setting.product / 1e12:.3g} TFLOP/s; {_parts(setting)}; {_new_shape(tower, setting)}"
+        )
+    if way.wrap is without_cudnn_attention:
+        return _new_shape(tower, setting)
     if way.layer is not nn.Linear:
         rate = bare_8_bit(way.layer is Int8Linear, setting.device)
         return f"bare product {rate / 1e12:.3g} TFLOP/s"
     return ""
+
+
+def _new_shape(tower: ImageTower, setting: Setting) -> str:
+    """What a batch of a size that there was none of takes more than the next such: what is prepared for each shape."""
+    batch = _batch(tower, setting)[:-1]
+
+    def encode() -> int:
+        tower.encode(batch)
+        return 1
+
+    first, second = (1 / _rate(encode, synchronizer(setting.device)) for _ in range(2))
+    return f"the first batch of another size takes {1000 * (first - second):.0f} ms more"
 
 
 def _parts(setting: Setting) -> str:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from reporting import RESULTS, Row, arguments, finish
+from reporting import RESULTS, Row, arguments, finish, keep
 from vectors import INFO
 
 from clipindex.bench.corpus import repeated, write_corpus
@@ -24,7 +24,9 @@ from clipindex.threads import num_cores
 from clipindex.types import Encoding, UInt8Array, Vectors
 
 IMAGES = 1024
-SECONDS = 8
+SECONDS = 8.0
+MOST_PER_S = 12_000
+"""Handed on, by which runs of tiny images are made as long as asked for: the lock lets through less than is decoded."""
 SIZES = (((64, 48), 32), ((500, 375), 224))
 """Of images, and what they are resized to."""
 BATCH = 256
@@ -61,14 +63,20 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--threads", type=int, nargs="+", help="that decode; 1, 2, 4, … up to one a core by default")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where --save keeps it")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of a run, about; each row has {REPEATS}")
     options = parser.parse_args()
     cores = num_cores()
     threads = options.threads or [*(1 << at for at in range(cores.bit_length()) if 1 << at < cores), cores]
-    finish("feed", measure(threads), options.save, options.results)
+
+    def on_rows(rows: list[Row]) -> None:
+        print(rows[-1], flush=True)
+        keep("feed", rows, options.save, options.results)
+
+    finish("feed", measure(threads, options.seconds, on_rows), options.save, options.results)
 
 
-def measure(threads: list[int]) -> list[Row]:
-    """A row for each size of image and number of threads."""
+def measure(threads: list[int], seconds: float, on_rows: Callable[[list[Row]], None]) -> list[Row]:
+    """A row for each size of image and number of threads; `on_rows` is called whenever there is one more."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for size, side in SIZES:
@@ -78,7 +86,7 @@ def measure(threads: list[int]) -> list[Row]:
             for number in threads:
                 decode = measure_decode(tars, name, encoder.info.preprocess, number).images_per_s
                 again = Path(folder) / f"{name}-{number}"
-                many = repeated(tars, again, round(SECONDS * decode / IMAGES) + 1)
+                many = repeated(tars, again, round(seconds * min(decode, MOST_PER_S) / IMAGES) + 1)
                 rate, cpu_s = _handed_on(many, encoder, again, number)
                 rows.append(
                     {
@@ -90,6 +98,7 @@ def measure(threads: list[int]) -> list[Row]:
                         "cpu microseconds an image": round(cpu_s * 1e6, 1),
                     }
                 )
+                on_rows(rows)
     return rows
 
 

@@ -1,13 +1,16 @@
-"""Everything worth knowing of one GPU, in one command of less than ten minutes: is it right, then how fast is it.
+"""Everything worth knowing of one GPU, in one command of nine minutes at most: is it right, then how fast is it.
 
 Right: pixels that the GPU decoded beside the CPU's (`device_decode.py`), and cosines of each precision's embeddings to
-those of fp32 on the CPU. Fast: ways of running the image tower (`encode_paths.py`); for each model, encoder, bus and
-whole job beside what bounds each; what the pipeline hands on to a device that takes no time (`feed.py`); then decoding
-by the device, at several images a call, and by the cores. Expected of bf16 on a data-centre GPU: small models are bound
-by decoding, ViT-L/14 and larger by the GPU at half of its bare matrix product.
+those of fp32 on the CPU. Fast: for each model, encoder, bus and whole job beside what bounds each, the CPU decoding;
+then decoding by the device, at several images a call, and the whole job with it; what the pipeline hands on to a device
+that takes no time (`feed.py`); in what time is left, ways of running the image tower (`encode_paths.py`, which alone
+goes on for ten minutes). Expected of bf16 on a data-centre GPU: small models are bound by decoding, ViT-L/14 and larger
+by the GPU at half of its bare matrix product.
 
 Each step is a process of its own with a limit in time, since a decoder that nobody has tried here may crash or hang;
-what it has found by then is on the screen, and with --save in its file. `--device cpu --images 64` tries it out.
+what it has found by then is on the screen, and with --save in its file: results/STEP_HARDWARE_DATE.json, STEP being
+gpu_decode_precision, gpu_precision, gpu_speed, gpu_decode_speed, feed and encode_paths, and gpu_steps for how each
+ended. `--device cpu --images 64` tries it out. Linear probes are a command of their own, see `probe.py`.
 """
 
 import argparse
@@ -24,18 +27,17 @@ from functools import partial
 from pathlib import Path
 
 import device_decode
+from device_decode import SMALL
 from precision import compare
 from reporting import RESULTS, Row, arguments, finish, keep
 
 from clipindex.allocator import keep_freed_memory
 from clipindex.batch_size import fastest_batch_size
 from clipindex.bench.ceilings import image_flops, product_flops_per_s
-from clipindex.bench.corpus import write_corpus
 from clipindex.bench.measure import (
     Measurement,
     measure_copy,
     measure_decode,
-    measure_device_decode,
     measure_encode,
     measure_end_to_end,
 )
@@ -46,24 +48,23 @@ from clipindex.threads import num_cores
 from clipindex.types import ModelSpec
 
 MODELS = ("ViT-B-32", "ViT-L-14", "ViT-B-16")
-LIMIT_S = 560.0
+LIMIT_S = 500.0
+"""Of ten minutes, of which starting, installing and killing take some."""
 STEPS_S = {
-    "gpu_decode_precision": 80,
-    "gpu_precision": 110,
-    "gpu_speed": 180,
-    "encode_paths": 240,
-    "feed": 90,
+    "gpu_decode_precision": 60,
+    "gpu_precision": 75,
+    "gpu_speed": 150,
     "gpu_decode_speed": 120,
+    "feed": 50,
+    "encode_paths": 45,
 }
-"""At most, of each, in this order; in sum more than there is, since few need theirs."""
+"""At most, of each, in this order; the last one has all that is left, which is more where others end early."""
 KILL_S = 10
 """Between being asked to end and being killed."""
-IMAGES = 16_384
-SHARD_IMAGES = 1024
-DECODE_IMAGES = 8192
-SIZE = (500, 375)
-JOB_S = 10.0
+JOB_S = 6.0
 """Of the whole job, which is run twice for each model."""
+FEED_S = 3.0
+"""Of a run of feed.py, of which there are four."""
 
 
 def main() -> None:
@@ -71,34 +72,41 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--images", type=int, default=IMAGES, help="of the whole job")
+    parser.add_argument("--images", type=int, default=device_decode.IMAGES, help="different ones, which jobs repeat")
     parser.add_argument("--limit-s", type=float, default=LIMIT_S)
     parser.add_argument("--results", type=Path, default=RESULTS, help="where --save keeps what is found")
     parser.add_argument("--step", choices=STEPS, help="one alone, here")
+    parser.add_argument("--work", type=Path, help="for the images, which steps share; a temporary one by default")
     options = parser.parse_args()
     options.chosen = choose_devices(options.device)[0]
-    if options.step:
-        STEPS[options.step](options)
-    else:
-        _every_step(options)
+    with tempfile.TemporaryDirectory() as folder:
+        options.work = options.work or Path(folder)
+        if options.step:
+            STEPS[options.step](options)
+        else:
+            _every_step(options)
 
 
 def _every_step(options: argparse.Namespace) -> None:
     until = time.perf_counter() + options.limit_s
+    # What a shell runs in the background ignores it, and so would the steps, which are stopped by it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     rows: list[Row] = []
-    common = ["--device", str(options.chosen), "--results", str(options.results)]
-    common += ["--save", options.save] if options.save else []
+    kept = ["--results", str(options.results), *(["--save", options.save] if options.save else [])]
+    device = ["--device", str(options.chosen)]
+    ours = ["--work", str(options.work), "--images", str(options.images), "--models", *options.models]
     for step, most_s in STEPS_S.items():
-        limit_s = min(most_s, until - time.perf_counter() - KILL_S)
+        left_s = until - time.perf_counter() - KILL_S
+        limit_s = left_s if step == "encode_paths" else min(most_s, left_s)
         started = time.perf_counter()
         print(f"\n== {step}", flush=True)
         if step == "encode_paths":
             # It ends by itself, and in time; the rest is for beginning and ending.
-            command = ["encode_paths.py", "--limit-s", str(limit_s - KILL_S), *common]
+            command = ["encode_paths.py", "--limit-s", str(limit_s - KILL_S), *device, *kept]
         elif step == "feed":
-            command = ["feed.py", *common[2:]]
+            command = ["feed.py", "--threads", str(num_cores()), "--seconds", str(FEED_S), *kept]
         else:
-            command = ["gpu.py", "--step", step, "--images", str(options.images), "--models", *options.models, *common]
+            command = ["gpu.py", "--step", step, *ours, *device, *kept]
         outcome = _run(command, limit_s)
         rows.append({"step": step, "seconds": round(time.perf_counter() - started, 1), "outcome": outcome})
         keep("gpu_steps", rows, options.save, options.results, options.chosen)
@@ -123,7 +131,8 @@ def _run(command: list[str], limit_s: float) -> str:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may keep it
+            process.wait(KILL_S)
 
 
 def _decode_precision(options: argparse.Namespace) -> None:
@@ -134,8 +143,8 @@ def _decode_precision(options: argparse.Namespace) -> None:
 
 def _decode_speed(options: argparse.Namespace) -> None:
     small = load_model(ModelSpec(name=device_decode.MODEL, random_init=0))
-    number = min(options.images, DECODE_IMAGES)
-    rows = device_decode.rates(small, options.chosen, number, _keeping("gpu_decode_speed", options))
+    on_rows = _keeping("gpu_decode_speed", options)
+    rows = device_decode.rates(small, options.chosen, options.images, options.work, on_rows)
     finish("gpu_decode_speed", rows, options.save, options.results, options.chosen)
 
 
@@ -159,45 +168,54 @@ def _keeping(theme: str, options: argparse.Namespace) -> Callable[[list[Row]], N
 
 
 def _speed(options: argparse.Namespace) -> None:
-    """As `clipindex bench`, but what fails is a row, and the decoding is measured once."""
+    """As `clipindex bench`, but what fails is a row, and the CPU decodes: the device's decoder may end the process."""
     device = options.chosen
     if device.type == "cpu":
         keep_freed_memory()  # as the job does
-    precision = choose_precision("auto", device)
     rows: list[Row] = []
     on_rows = _keeping("gpu_speed", options)
 
     def noted(stage: str, measure: Callable[[], Measurement]) -> float:
         """Images/s; 0 where it failed."""
+        found = None
         try:
             found = measure()
             rows.append(_row(found))
         except Exception as error:  # whatever a machine may say: the others are worth knowing all the same
             traceback.print_exc()
             rows.append(_failed(stage, error))
-            found = None
         on_rows(rows)
         return found.images_per_s if found else 0.0
 
-    with tempfile.TemporaryDirectory() as folder:
-        tars = write_corpus(Path(folder) / "corpus", options.images, size=SIZE, shard_images=SHARD_IMAGES)
-        product = product_flops_per_s(device, precision)
-        decode_per_s: dict[str, float] = {}
-        for name in options.models:
-            spec = ModelSpec(name=name, random_init=0)
+    tars = device_decode.corpus(options.work, options.images)
+    precision = choose_precision("auto", device)
+    product = product_flops_per_s(device, precision)
+    decode_per_s: dict[str, float] = {}
+    for name in options.models:
+        spec = ModelSpec(name=name, random_init=0)
+        try:
             loaded = load_model(spec)
-            if not decode_per_s:  # the models here take pixels of one size
-                what = tars[:1], f"{SIZE[0]}x{SIZE[1]}", loaded.info.preprocess
-                decode_per_s["cpu"] = noted("decode", partial(measure_decode, *what, num_cores()))
-                decode_per_s["cuda"] = noted("decode", partial(measure_device_decode, *what, device))
             tower = ImageTower(loaded, device=device, precision=precision)
             size, _ = fastest_batch_size(tower)
-            encode = noted("encode", partial(measure_encode, tower, name, size, image_flops(loaded), product))
-            if device.type == "cuda":
-                noted("copy", partial(measure_copy, tower, size, device))
-            del tower, loaded
-            job = tars, Path(folder), spec, precision, device, size, decode_per_s, encode
-            noted("end to end", partial(measure_end_to_end, *job, num_images=options.images, seconds=JOB_S))
+            flops = image_flops(loaded)
+        except Exception as error:
+            traceback.print_exc()
+            rows.append(_failed("load", error))
+            on_rows(rows)
+            continue
+        is_first = not decode_per_s
+        if is_first:  # the models here take pixels of one size
+            what = tars[:1], f"{SMALL[0]}x{SMALL[1]}", loaded.info.preprocess
+            decode_per_s["cpu"] = noted("decode", partial(measure_decode, *what, num_cores()))
+        encode = noted("encode", partial(measure_encode, tower, name, size, flops, product))
+        if is_first and device.type == "cuda":
+            noted("copy", partial(measure_copy, tower, size, device))
+        del tower, loaded
+        job = tars, options.work, spec, precision, device, size, decode_per_s, encode
+        noted(
+            "end to end",
+            partial(measure_end_to_end, *job, num_images=options.images, seconds=JOB_S, decode="cpu"),
+        )
     finish("gpu_speed", rows, options.save, options.results, device)
 
 

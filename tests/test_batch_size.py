@@ -1,9 +1,10 @@
 import time
 
+import numpy as np
 import pytest
 from conftest import PixelEncoder
 
-from clipindex.batch_size import LARGEST, SMALLEST, fastest_batch_size
+from clipindex.batch_size import LARGEST, SMALLEST, fastest_batch_size, noise
 
 
 class Device(PixelEncoder):
@@ -34,6 +35,12 @@ def test_it_ends_at_the_largest():
     device = Device(call_s=0.1, image_s=0.0)
     assert fastest_batch_size(device)[0] == LARGEST
     assert max(device.sizes) == LARGEST
+
+
+def test_it_is_measured_on_noise_that_is_the_same_each_time():
+    first, again = (noise(PixelEncoder(), 4) for _ in range(2))
+    assert first.shape == (4, 32, 32, 3) and len(np.unique(first)) == 256
+    np.testing.assert_array_equal(first, again)
 
 
 def test_a_slow_device_is_not_measured_for_long():

@@ -10,12 +10,14 @@ from click.testing import CliRunner
 from conftest import CUDA
 from PIL import Image
 
-from clipindex.bench import ceilings
+from clipindex.bench import ceilings, measure
 from clipindex.bench.machine import VARIABLES, describe_machine
 from clipindex.bench.measure import measure_device_decode
 from clipindex.bench.utilisation import describe_utilisation, sampling_utilisation
 from clipindex.cli import commands
+from clipindex.decode import on_device
 from clipindex.models import load_model
+from clipindex.shards import list_shards, read_samples
 from clipindex.types import ModelSpec
 
 STAGES = ["read", "decode", "decode", "write", "encode", "encode", "end to end", "encode", "encode", "end to end"]
@@ -113,6 +115,41 @@ def test_decoding_on_a_device_is_measured_beside_its_ceiling(work):
         pass
     assert "unknown" in describe_utilisation(samples)
     assert describe_utilisation([40, 60]) == "GPU utilisation 50 %"
+
+
+def test_a_device_that_cannot_decode_is_asked_once(work, monkeypatch):
+    asked = []
+
+    def fail(images, device):
+        asked.append(images)
+        raise AttributeError("no nvJPEG")
+
+    for module in (measure, on_device, ceilings):
+        monkeypatch.setattr(module, "decode_jpegs", fail)
+    plan = load_model(ModelSpec(name="demo")).info.preprocess
+    tars = [str(path) for path in sorted((work / "500x375").glob("*.tar"))]
+    with pytest.raises(RuntimeError, match="cpu cannot decode JPEGs: no nvJPEG"):
+        measure_device_decode(tars, "500x375", plan, torch.device("cpu"))
+    assert len(asked) == 1
+
+
+def test_images_that_a_device_cannot_decode_are_counted(work, monkeypatch):
+    real = on_device.decode_jpegs
+
+    def choosy(images, device):
+        if max(map(len, images)) == largest:
+            raise RuntimeError("too large")
+        return real(images, device)
+
+    plan = load_model(ModelSpec(name="demo")).info.preprocess
+    tars = [str(path) for path in sorted((work / "500x375").glob("*.tar"))]
+    decoder = on_device.DeviceDecoder(plan, torch.device("cpu"), max_pixels=1 << 25)
+    images = [sample.image for shard in list_shards(tars) for sample in read_samples(shard)]
+    largest = max(len(image) for image in images if decoder.size_of(image))
+    monkeypatch.setattr(on_device, "decode_jpegs", choosy)
+    row = measure_device_decode(tars, "500x375", plan, torch.device("cpu"), chunk=5)
+    mine, of_them = re.fullmatch(r"(\d+) of 12 .*, which decoded (\d+) of them: too large", row.note).groups()
+    assert int(of_them) == int(mine) - 1
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import simplejpeg
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipindex.decode.on_device import decode_jpegs
+from clipindex.decode.on_device import AT_ONCE, decode_jpegs
 from clipindex.devices import PRECISIONS
 from clipindex.models import LoadedModel
 from clipindex.pipeline.feed import DECODE_CHUNK
@@ -56,7 +56,7 @@ def spread(function: Callable[[int], object], number: int, num_threads: int) -> 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:
     """Waits until a device has done what it was given."""
-    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    return partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
 
 
 def product_flops_per_s(device: torch.device, precision: str) -> float:
@@ -142,9 +142,17 @@ def jpegs_per_s(images: Sequence[bytes], num_threads: int) -> float:
 
 
 def device_jpegs_per_s(chunks: Sequence[Sequence[bytes]], device: torch.device) -> float:
-    """Of torchvision's decoder on a device alone, a chunk a call, without the resize."""
+    """Of torchvision's decoder on a device alone, a chunk a call and as many calls at once as a job has; no resize.
+
+    Raises:
+        RuntimeError: PyTorch's, of a device that cannot decode one of them.
+    """
+
+    def decode_chunk(chunk: Sequence[bytes]) -> int:
+        return len(decode_jpegs(chunk, device))
 
     def decode() -> int:
-        return sum(len(decode_jpegs(chunk, device)) for chunk in chunks)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return sum(pool.map(decode_chunk, chunks))
 
     return best_rate(decode, synchronizer(device))

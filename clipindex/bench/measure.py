@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from clipindex.batch_size import noise
 from clipindex.bench import ceilings
 from clipindex.bench.ceilings import best_rate, spread, synchronizer
 from clipindex.bench.corpus import repeated
 from clipindex.bench.utilisation import describe_utilisation, sampling_utilisation
 from clipindex.decode import MAX_PIXELS, decode_image
-from clipindex.decode.on_device import AT_ONCE, DeviceDecoder
+from clipindex.decode.on_device import AT_ONCE, DeviceDecoder, decode_jpegs
 from clipindex.embed_job import EmbedSummary, embed
 from clipindex.encode import ImageTower
 from clipindex.errors import UsageError
@@ -89,32 +90,52 @@ def measure_device_decode(
 
     Raises:
         UsageError: None are.
-        RuntimeError: PyTorch's, of a device that cannot decode.
+        RuntimeError: The device cannot decode.
     """
     decoder = DeviceDecoder(preprocess, device, max_pixels=MAX_PIXELS)
     samples = [s for shard in list_shards(tars) for s in read_samples(shard) if isinstance(s, Sample)]
     mine = [(s.image, size) for s in samples if (size := decoder.size_of(s.image)) is not None]
     if not mine:
         raise UsageError(f"none of {len(samples)} images of {setting} are for {device}")
+    _check_decodes(decoder.device, mine[0][0])
     chunks = [mine[at : at + chunk] for at in range(0, len(mine), chunk)]
     pixels = np.empty((len(mine), *preprocess.size, 3), np.uint8)
+    fewest = len(mine)
 
     def decode_chunk(at: int) -> int:
         images, sizes = zip(*chunks[at], strict=True)
         return sum(decoder.decode(images, sizes, list(pixels[at * chunk :][: len(images)]))[0])
 
     def decode() -> int:
+        nonlocal fewest
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            return sum(pool.map(decode_chunk, range(len(chunks))))
+            decoded = sum(pool.map(decode_chunk, range(len(chunks))))
+        fewest = min(fewest, decoded)
+        return decoded
 
+    rate = best_rate(decode)
+    failed = f", which decoded {fewest} of them: {decoder.last_error}" if fewest < len(mine) else ""
     return Measurement(
         stage="decode",
-        setting=f"{setting} to {preprocess.size[1]}x{preprocess.size[0]}, {device}, {chunk} a call",
-        images_per_s=best_rate(decode),
-        ceiling_per_s=ceilings.device_jpegs_per_s([[image for image, _ in part] for part in chunks], device),
-        ceiling="torchvision's decoder on the device, a call at a time, without the resize",
-        note=f"{len(mine)} of {len(samples)} images are for the device",
+        setting=f"{setting} to {preprocess.size[1]}x{preprocess.size[0]}, {decoder.device}, {chunk} a call",
+        images_per_s=rate,
+        ceiling_per_s=ceilings.device_jpegs_per_s([[image for image, _ in part] for part in chunks], decoder.device),
+        ceiling=f"torchvision's decoder on the device, {AT_ONCE} calls at once, without the resize",
+        note=f"{len(mine)} of {len(samples)} images are for the device{failed}",
     )
+
+
+def _check_decodes(device: torch.device, image: bytes) -> None:
+    """Where nothing can be decoded, this is one call that fails, and the measurement thousands.
+
+    Raises:
+        RuntimeError: The device cannot.
+    """
+    try:
+        decode_jpegs([image], device)
+        synchronizer(device)()
+    except Exception as error:  # nvJPEG's, the driver's, or of torchvision that was built without
+        raise RuntimeError(f"{device} cannot decode JPEGs: {str(error).partition(chr(10))[0]}") from error
 
 
 def measure_copy(tower: ImageTower, batch_size: int, device: torch.device) -> Measurement:
@@ -138,7 +159,7 @@ def measure_encode(
     tower: ImageTower, name: str, batch_size: int, flops: float, product_flops_per_s: float
 ) -> Measurement:
     """Images/s of the image tower; its ratio to the ceiling is the model's FLOP utilisation (MFU)."""
-    batch = tower.new_batch(batch_size)
+    batch = noise(tower, batch_size)
     begun = [tower.begin(batch)]
 
     def encode() -> int:
@@ -198,11 +219,13 @@ def measure_end_to_end(
     *,
     num_images: int,
     seconds: float,
+    decode: str = "auto",
 ) -> Measurement:
     """Images/s of the whole job, loading the model apart: the better of two runs, as a stage is the best of some.
 
     `decode_per_s` has the rates of 'cpu' and, where there is one, 'cuda'. The job goes over the `num_images` of `tars`
-    as often as `seconds` need at these rates. What "again" and "out" in `folder` hold is removed, before and after.
+    as often as `seconds` need at these rates, and decodes where `decode` says; see `embed_job.embed`. What "again" and
+    "out" in `folder` hold is removed, before and after.
     """
     passes = max(1, math.ceil(seconds * min(max(decode_per_s.values()), encode_per_s) / num_images))
     again, out = folder / "again", folder / "out"
@@ -220,6 +243,7 @@ def measure_end_to_end(
                 precision=precision,
                 device=str(device),
                 batch_size=batch_size,
+                decode=decode,
                 on_plan=lambda plan, samples=samples: samples.clear(),  # type: ignore[misc]
             )
         runs.append((summary, samples))
