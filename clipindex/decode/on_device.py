@@ -216,8 +216,8 @@ def _blank(sizes: Sequence[Baseline], device: torch.device) -> None:
     """Grey out the memory that the decoder is about to get.
 
     What it leaves unwritten of a damaged image would otherwise show another one. The allocator has the blocks of one
-    stream for that stream, and gives those that fit best: the same ones for the same sizes in the same order. One
-    tensor for several images would be elsewhere, since above 1 MiB the allocator has blocks of another kind.
+    stream for that stream, and gives those that fit best: the same ones for the same sizes in the same order, unless
+    it had to get more. One tensor for several images would be elsewhere: above 1 MiB, blocks are of another kind.
     """
     blanks = [torch.full((3, size.height, size.width), BLANK, dtype=torch.uint8, device=device) for size in sizes]
     del blanks
