@@ -207,12 +207,15 @@ def test_what_comes_back_all_grey_is_for_the_cpu(monkeypatch):
     np.testing.assert_array_equal(out[[0, 2]], on("cpu", [images[0], images[2]])[0])
 
 
-def test_a_picture_of_that_grey_is_a_row_as_any_other(tmp_path):
+@pytest.mark.parametrize("reason", [None, "asked for"])
+def test_a_picture_of_that_grey_is_a_row_as_any_other(tmp_path, reason):
     grey = encoded(Image.new("RGB", (80, 60), (on_device.BLANK,) * 3))
-    write_tar(tmp_path / "a.tar", [*labelled(["a", "b"]), ("grey.jpg", grey), ("grey.cls", b"1")])
-    share = shared()
+    keys = [f"k{at:02}" for at in range(40)]
+    write_tar(tmp_path / "a.tar", [*labelled(keys[:9]), ("grey.jpg", grey), ("grey.cls", b"1"), *labelled(keys[9:])])
+    share = shared(reason=reason, threads=0)
     (result,) = run(tmp_path / "a.tar", tmp_path / "out", share)
-    assert (result.record.rows, result.record.samples, share.num_decoded) == (3, 3, 2)
+    assert (result.record.rows, result.record.samples) == (41, 41)
+    assert (share.way, share.num_decoded) == ("cuda", 40), share.reason
 
 
 @pytest.mark.cuda

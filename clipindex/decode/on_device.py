@@ -139,7 +139,7 @@ class DeviceDecoder:
             self.last_error = str(error).partition("\n")[0] or type(error).__name__
             log.debug("%d images on %s: %s", len(images), self.device, self.last_error)
             return [False] * len(images), self.last_error
-        found = [not _is_blank(decoded) for decoded in pixels]
+        found = [not is_blank(decoded) for decoded in pixels]
         for is_decoded, decoded, target in zip(found, pixels, out, strict=True):
             if is_decoded:
                 target[:] = decoded
@@ -176,6 +176,11 @@ class DeviceDecoder:
 def supports(preprocess: Preprocess) -> bool:
     """Whether a model's transform is one that `DeviceDecoder` knows."""
     return is_plain(preprocess)
+
+
+def is_blank(pixels: UInt8Array) -> bool:
+    """Whether an image is what `_blank` left; a picture of that grey is for the CPU as well."""
+    return bool(pixels[0, 0, 0] == BLANK and (pixels == BLANK).all())
 
 
 def resize_on_device(images: Sequence[torch.Tensor], preprocess: Preprocess) -> torch.Tensor:
@@ -221,11 +226,6 @@ def _blank(sizes: Sequence[Baseline], device: torch.device) -> None:
     """
     blanks = [torch.full((3, size.height, size.width), BLANK, dtype=torch.uint8, device=device) for size in sizes]
     del blanks
-
-
-def _is_blank(pixels: UInt8Array) -> bool:
-    """Whether an image is what `_blank` left; a picture of that grey is for the CPU as well."""
-    return bool(pixels[0, 0, 0] == BLANK and (pixels == BLANK).all())
 
 
 def _wait(stream: torch.cuda.Stream | None) -> None:
