@@ -4,12 +4,15 @@ What is known of that decoder, and how it is met (torchvision 0.21 to 0.29):
 
 - It takes a list of files and gives a list of images or an error for all of them; so what raises is tried one by one.
 - A process has one, behind a lock, for the device that asked last; making it anew leaks the old one. So one device.
+- It polls for its engine, a core's work while it decodes. What is waited for here is waited for asleep.
 - Baseline JPEGs are for the hardware engine where there is one. It does not wait for what the stream was given before
   (pytorch/vision#9606, meta-pytorch/torchcodec#1634, on an H100), and would write over memory that kernels still read.
   So a call has a stream of its own, whose memory is nobody else's, and that stream is idle before each decoding.
 - Of 4:2:0 and 4:2:2 it repeats chroma samples, where libjpeg interpolates (sgl-project/sglang#34163): sharp edges of
   colour differ by tens of levels, a photograph by half a level on average.
 - It may say nothing of damage: `baseline` refuses what can be seen of that, `pipeline.device_share` compares samples.
+  Memory is grey before an image is written to it, and what comes back all grey was not decoded.
+- A call of PyTorch's takes microseconds under Python's lock; so images of one size are resized together.
 
 The result goes back to the host, into the batch that the CPU fills as well: 150 KB an image each way, beside 50 KB of
 JPEG and half a megabyte of pixels that do not cross the bus.
@@ -20,7 +23,7 @@ import logging
 import queue
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -34,17 +37,25 @@ BATCH_PIXELS = 2 * LARGE_PIXELS
 """Of a call, before the resize: 200 MB on the device. A larger image than `LARGE_PIXELS` is for the CPU."""
 AT_ONCE = 2
 """Calls: one decodes while the other resizes."""
+GROUP_PIXELS = 8 << 20
+"""Of images of one size that are resized together: 100 MB as float32. A larger one is resized alone."""
+ALIKE = 2
+"""The first images of a batch that failed, if alone they fail just as it did: then it is the device's fault, and the
+rest is left to the CPU. A batch fails of one image, hardly of two; a decoder that cannot be opened leaks each time."""
+BLANK = 128
+"""What memory is filled with before the decoder gets it."""
 
 log = logging.getLogger(__name__)
 
 
-class _Place(NamedTuple):
+@dataclass(slots=True)
+class _Place:
     """What a call works with, and no other at the same time."""
 
     stream: torch.cuda.Stream | None
     """None on the CPU."""
     pixels: torch.Tensor
-    """[1, H, W, 3] on the host, pinned where the device is CUDA; grows with the batches."""
+    """[N, H, W, 3] on the host, pinned where the device is CUDA; grows with the batches."""
 
 
 class DeviceDecoder:
@@ -58,8 +69,7 @@ class DeviceDecoder:
 
     def __init__(self, preprocess: Preprocess, device: torch.device, *, max_pixels: int) -> None:
         self.preprocess = preprocess
-        # torchvision makes its decoder anew where a device is called by another name.
-        self.device = torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+        self.device = device
         self.last_error = "no error"
         """What the device said when it last failed."""
         self._max_pixels = max_pixels
@@ -98,35 +108,44 @@ class DeviceDecoder:
         started = time.perf_counter()
         try:
             for batch in _within_bounds(sizes):
-                place = self._decode_batch(batch, images, sizes, place, out, found)
+                parts = [images[at] for at in batch], [sizes[at] for at in batch], [out[at] for at in batch]
+                for at, is_decoded in zip(batch, self._decode_batch(*parts, place), strict=True):
+                    found[at] = is_decoded
         finally:
             self._places.put(place)
         return found, (time.perf_counter() - started) / AT_ONCE
 
     def _decode_batch(
-        self,
-        batch: Sequence[int],
-        images: Sequence[bytes],
-        sizes: Sequence[Baseline],
-        place: _Place,
-        out: Sequence[UInt8Array],
-        found: list[bool],
-    ) -> _Place:
+        self, images: Sequence[bytes], sizes: Sequence[Baseline], out: Sequence[UInt8Array], place: _Place
+    ) -> list[bool]:
+        """Whether each was decoded: together, or one by one where that fails, since one image may be the cause."""
+        found, fault = self._attempt(images, sizes, out, place)
+        alone: list[str | None] = []
+        while fault is not None and len(alone) < len(images) > 1 and alone != [fault] * ALIKE:
+            one = slice(len(alone), len(alone) + 1)
+            found[one], why = self._attempt(images[one], sizes[one], out[one], place)
+            alone.append(why)
+        return found
+
+    def _attempt(
+        self, images: Sequence[bytes], sizes: Sequence[Baseline], out: Sequence[UInt8Array], place: _Place
+    ) -> tuple[list[bool], str | None]:
+        """Whether each was decoded, and why none was."""
         try:
-            if len(batch) > len(place.pixels):
-                place = place._replace(pixels=self._host_memory(len(batch)))
-            pixels = self._pixels([images[at] for at in batch], [sizes[at] for at in batch], place)
+            if len(images) > len(place.pixels):
+                place.pixels = self._host_memory(len(images))
+            pixels = self._pixels(images, sizes, place)
         except Exception as error:  # nvJPEG's, CUDA's out of memory: whatever it is, one image may be the cause
             self.last_error = str(error).partition("\n")[0] or type(error).__name__
-            log.debug("%d images on %s: %s", len(batch), self.device, self.last_error)
-            if len(batch) > 1:
-                for at in batch:
-                    place = self._decode_batch([at], images, sizes, place, out, found)
-            return place
-        for at, decoded in zip(batch, pixels, strict=True):
-            out[at][:] = decoded
-            found[at] = True
-        return place
+            log.debug("%d images on %s: %s", len(images), self.device, self.last_error)
+            return [False] * len(images), self.last_error
+        found = [not is_blank(decoded) for decoded in pixels]
+        for is_decoded, decoded, target in zip(found, pixels, out, strict=True):
+            if is_decoded:
+                target[:] = decoded
+            else:
+                self.last_error = "an image was left blank"
+        return found, None
 
     def _pixels(self, images: Sequence[bytes], sizes: Sequence[Baseline], place: _Place) -> UInt8Array:
         """Pixels [N, H, W, 3] in the place's memory.
@@ -137,15 +156,16 @@ class DeviceDecoder:
         stream = contextlib.nullcontext() if place.stream is None else torch.cuda.stream(place.stream)
         with torch.inference_mode(), stream:
             _blank(sizes, self.device)
-            if place.stream is not None:
-                place.stream.synchronize()
+            _wait(place.stream)
             decoded = decode_jpegs(images, self.device)
             for pixels, size in zip(decoded, sizes, strict=True):
                 if pixels.shape != (3, size.height, size.width):
                     raise RuntimeError(f"{list(pixels.shape)} pixels of an image of {size.width} x {size.height}")
-            resized = torch.stack([resize_on_device(pixels, self.preprocess) for pixels in decoded])
+            groups = [[decoded[at] for at in group] for group in _groups(sizes)]
+            resized = torch.cat([resize_on_device(group, self.preprocess) for group in groups])
             host = place.pixels[: len(images)]
-            host.copy_(resized.permute(0, 2, 3, 1))  # which waits until all of the above is done
+            host.copy_(resized.permute(0, 2, 3, 1), non_blocking=True)
+            _wait(place.stream)
         return np.asarray(host.numpy())
 
     def _host_memory(self, number: int) -> torch.Tensor:
@@ -158,20 +178,25 @@ def supports(preprocess: Preprocess) -> bool:
     return is_plain(preprocess)
 
 
-def resize_on_device(pixels: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
-    """Resize and centre-crop uint8 [3, h, w] to uint8 [3, H, W] as Pillow does: across, then down, each rounded.
+def is_blank(pixels: UInt8Array) -> bool:
+    """Whether an image is what `_blank` left; a picture of that grey is for the CPU as well."""
+    return bool(pixels[0, 0, 0] == BLANK and (pixels == BLANK).all())
+
+
+def resize_on_device(images: Sequence[torch.Tensor], preprocess: Preprocess) -> torch.Tensor:
+    """Resize and centre-crop uint8 [3, h, w] to uint8 [N, 3, H, W] as Pillow does: across, then down, each rounded.
 
     The kernel for bytes is the CPU's alone. In floats both directions at once would be one step, but what a bicubic
     filter overshoots beyond black and white has to be cut off between them, or edges differ by several levels.
     """
-    height, width = resized_size((pixels.shape[1], pixels.shape[2]), preprocess)
-    image = pixels[None].to(torch.float32)
-    for size in ((pixels.shape[1], width), (height, width)):
-        if image.shape[2:] != size:
-            image = torch.nn.functional.interpolate(image, size=size, mode=preprocess.interpolation, antialias=True)
-            image = image.add_(0.5).clamp_(0, 255.5).floor_()
+    pixels = (torch.stack(list(images)) if len(images) > 1 else images[0][None]).to(torch.float32)
+    height, width = resized_size((pixels.shape[2], pixels.shape[3]), preprocess)
+    for size in ((pixels.shape[2], width), (height, width)):
+        if pixels.shape[2:] != size:
+            pixels = torch.nn.functional.interpolate(pixels, size=size, mode=preprocess.interpolation, antialias=True)
+            pixels = pixels.add_(0.5).clamp_(0, 255.5).floor_()
     top, left = crop_origin((height, width), preprocess)
-    return image[0, :, top : top + preprocess.size[0], left : left + preprocess.size[1]].to(torch.uint8)
+    return pixels[:, :, top : top + preprocess.size[0], left : left + preprocess.size[1]].to(torch.uint8)
 
 
 def decode_jpegs(images: Sequence[bytes], device: torch.device) -> list[torch.Tensor]:
@@ -183,9 +208,12 @@ def decode_jpegs(images: Sequence[bytes], device: torch.device) -> list[torch.Te
     import torchvision.io  # here, since it takes seconds, and few runs have such a device
 
     mode = torchvision.io.ImageReadMode.RGB.value
-    encoded = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in images]  # bytes cannot be written to
+    together = torch.frombuffer(bytearray().join(images), dtype=torch.uint8)  # of bytes it would warn: nobody may write
+    encoded = list(together.split_with_sizes([len(data) for data in images]))
     if device.type == "cuda":
-        return list(torch.ops.image.decode_jpegs_cuda(encoded, mode, device))
+        # torchvision makes its decoder anew where a device is called by another name.
+        named = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        return list(torch.ops.image.decode_jpegs_cuda(encoded, mode, named))
     return [torch.ops.image.decode_jpeg(one, mode, False) for one in encoded]
 
 
@@ -193,18 +221,38 @@ def _blank(sizes: Sequence[Baseline], device: torch.device) -> None:
     """Grey out the memory that the decoder is about to get.
 
     What it leaves unwritten of a damaged image would otherwise show another one. The allocator has the blocks of one
-    stream for that stream, and gives those that fit best.
+    stream for that stream, and gives those that fit best: the same ones for the same sizes in the same order, unless
+    it had to get more. One tensor for several images would be elsewhere: above 1 MiB, blocks are of another kind.
     """
-    blanks = [torch.full((3, size.height, size.width), 128, dtype=torch.uint8, device=device) for size in sizes]
+    blanks = [torch.full((3, size.height, size.width), BLANK, dtype=torch.uint8, device=device) for size in sizes]
     del blanks
 
 
+def _wait(stream: torch.cuda.Stream | None) -> None:
+    """Until a stream has done what it was given, asleep: `Stream.synchronize` and a copy that blocks take a core."""
+    if stream is not None:
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(stream)
+        event.synchronize()
+
+
+def _groups(sizes: Sequence[Baseline]) -> list[list[int]]:
+    """Neighbours of one size, at most `GROUP_PIXELS` of them."""
+    groups: list[list[int]] = []
+    for at, size in enumerate(sizes):
+        last = groups[-1] if groups else []
+        if not last or sizes[last[0]] != size or (len(last) + 1) * size.width * size.height > GROUP_PIXELS:
+            groups.append([])
+        groups[-1].append(at)
+    return groups
+
+
 def _within_bounds(sizes: Sequence[Baseline]) -> list[list[int]]:
-    """Images in batches of at most `BATCH_PIXELS`."""
+    """Images in batches of at most `BATCH_PIXELS`, those of one size beside each other."""
     batches: list[list[int]] = []
     room = 0
-    for at, size in enumerate(sizes):
-        pixels = size.width * size.height
+    for at in sorted(range(len(sizes)), key=sizes.__getitem__):
+        pixels = sizes[at].width * sizes[at].height
         if pixels > room:
             batches.append([])
             room = BATCH_PIXELS

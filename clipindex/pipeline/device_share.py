@@ -14,7 +14,7 @@ from PIL import Image
 
 from clipindex.decode import MAX_PIXELS, decode_image
 from clipindex.decode.baseline import Baseline
-from clipindex.decode.on_device import AT_ONCE, DeviceDecoder, supports
+from clipindex.decode.on_device import AT_ONCE, DeviceDecoder, is_blank, supports
 from clipindex.errors import SampleError, UsageError
 from clipindex.types import Preprocess, UInt8Array
 
@@ -235,9 +235,6 @@ def _try_out(
     preprocess = decoder.preprocess
     pixels = np.zeros((len(images), *preprocess.size, 3), np.uint8)
     decoded, _ = decoder.decode(images, sizes, list(pixels))  # which warms up as well
-    if not all(decoded):
-        failed = f"{decoded.count(False)} of {len(images)} ordinary JPEGs"
-        return False, f"{decoder.device} could not decode {failed} ({decoder.last_error})"
     try:
         started = time.thread_time()
         expected = _decode_here(images, preprocess, fast=fast)
@@ -245,8 +242,12 @@ def _try_out(
         if fast:
             expected = _decode_here(images, preprocess, fast=False)
     except SampleError as error:
-        return False, f"{decoder.device} decoded an image of which the CPU says: {error}"
-    fault = _deviation(expected, pixels, FAST_DEVIATION if fast else None)
+        return False, f"of the first images there is one of which the CPU says: {error}"
+    missing = sum(not is_decoded and not is_blank(one) for is_decoded, one in zip(decoded, expected, strict=True))
+    if missing or not any(decoded):
+        failed = f"{missing} of {len(images)} ordinary JPEGs"
+        return False, f"{decoder.device} could not decode {failed} ({decoder.last_error})"
+    fault = _deviation(expected[decoded], pixels[decoded], FAST_DEVIATION if fast else None)
     if fault is not None:
         return False, f"on {decoder.device} {fault}; --decode cuda takes them as they are"
     started = time.perf_counter()
