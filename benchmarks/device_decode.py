@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from reporting import Row, arguments, finish
+from reporting import Row, arguments, finish, said
 
 from clipindex.batch_size import fastest_batch_size
 from clipindex.bench.corpus import repeated, write_corpus
@@ -173,14 +173,12 @@ def rates(
         try:
             rows.append(measure())
         except Exception as error:  # nvJPEG's, CUDA's
-            said = " ".join(str(error).split())[:300]
-            failed = f"failed: {type(error).__name__}: {said}"
-            rows.append({"what": what, "setting": setting, "images_per_s": "-", "note": failed})
+            rows.append({"what": what, "setting": setting, "images_per_s": "-", "note": f"failed: {said(error)}"})
         on_rows(rows)
         return rows[-1]
 
     def decode(tars: Sequence[str], size: tuple[int, int]) -> Row:
-        """The CPU's."""
+        """By the cores, then by the device; the row of the cores."""
         name = f"{size[0]}x{size[1]}"
         cores = note("decode", name, partial(_decoded, partial(measure_decode, tars, name, preprocess, num_cores())))
         for chunk in CHUNKS[size]:

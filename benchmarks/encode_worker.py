@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from encode_ways import SHIPPED, WAYS, Way, frozen, without_cudnn_attention
 from low_precision import PRODUCT_TRIES, Int8Linear, bare_8_bit, eight_bit_linear, with_outliers
-from reporting import Row
+from reporting import Row, said
 from torch import nn
 
 from clipindex.allocator import keep_freed_memory
@@ -76,7 +76,7 @@ def measure_ways(model: str, names: Sequence[str], device: torch.device, folder:
                 raise RuntimeError(f"left out: it may take {COSTLY_S:.0f} s, and there is less")
             row = _measured(way, setting)
         except Exception as error:  # whatever a machine may say of a way it does not know
-            row = row_of(model, way.name, note=_reason(error))
+            row = row_of(model, way.name, note=said(error))
         print(json.dumps(row), flush=True)
         _clean_up(device)
     print(json.dumps({"done": True}), flush=True)
@@ -88,11 +88,6 @@ def _clean_up(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()  # raises where an error of the device outlives its cause: a new process is needed
         torch.cuda.empty_cache()
-
-
-def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
 
 
 def _setting(model: str, device: torch.device, folder: Path) -> Setting:
@@ -299,16 +294,16 @@ def _note(way: Way, tower: ImageTower, setting: Setting) -> str:
             f"bare bf16 product {setting.product / 1e12:.3g} TFLOP/s; {_parts(setting)}; {_new_shape(tower, setting)}"
         )
     if way.wrap is without_cudnn_attention:
-        return _new_shape(tower, setting)
+        return _new_shape(tower, setting, fewer=2)
     if way.layer is not nn.Linear:
         rate = bare_8_bit(way.layer is Int8Linear, setting.device)
         return f"bare product {rate / 1e12:.3g} TFLOP/s"
     return ""
 
 
-def _new_shape(tower: ImageTower, setting: Setting) -> str:
-    """What a batch of a size that there was none of takes more than the next such: what is prepared for each shape."""
-    batch = _batch(tower, setting)[:-1]
+def _new_shape(tower: ImageTower, setting: Setting, fewer: int = 1) -> str:
+    """What the first batch that is so much smaller takes more than the next such: each shape is prepared."""
+    batch = _batch(tower, setting)[:-fewer]
 
     def encode() -> int:
         tower.encode(batch)

@@ -1,8 +1,8 @@
 """How many images/s the pipeline hands to a device that takes no time: tars, decoding and Parquet, without a model.
 
 Physics: decoding runs outside of Python's lock, all else of an image under it: 17 microseconds of tar reading, 3 of
-laying it into a batch, 2 of its row, and some 10 around the calls that decode. So a process cannot hand on more than
-about 30,000 a second, however many cores decode; tiny images show that bound, ordinary ones the cores'.
+laying it into a batch, 2 of its row, and 20 around the calls that decode. So a process cannot hand on more than
+about 24,000 a second, however many cores decode; tiny images show that bound, ordinary ones the cores'.
 """
 
 import tempfile
@@ -26,7 +26,7 @@ from clipindex.types import Encoding, UInt8Array, Vectors
 IMAGES = 1024
 SECONDS = 8.0
 MOST_PER_S = 12_000
-"""Handed on, by which runs of tiny images are made as long as asked for: the lock lets through less than is decoded."""
+"""To expect of tiny images at most, by which a run is made as long as asked: more are decoded than pass the lock."""
 SIZES = (((64, 48), 32), ((500, 375), 224))
 """Of images, and what they are resized to."""
 BATCH = 256

@@ -1,7 +1,7 @@
 """Everything worth knowing of one GPU, in one command of nine minutes at most: is it right, then how fast is it.
 
 Right: pixels that the GPU decoded beside the CPU's (`device_decode.py`), and cosines of each precision's embeddings to
-those of fp32 on the CPU. Fast: for each model, encoder, bus and whole job beside what bounds each, the CPU decoding;
+those of fp32 on the CPU. Fast: the bus; for each model, encoder and whole job beside what bounds them;
 then decoding by the device, at several images a call, and the whole job with it; what the pipeline hands on to a device
 that takes no time (`feed.py`); in what time is left, ways of running the image tower (`encode_paths.py`, which alone
 goes on for ten minutes). Expected of bf16 on a data-centre GPU: small models are bound by decoding, ViT-L/14 and larger
@@ -27,9 +27,10 @@ from functools import partial
 from pathlib import Path
 
 import device_decode
+import encode_paths
 from device_decode import SMALL
 from precision import compare
-from reporting import RESULTS, Row, arguments, finish, keep
+from reporting import RESULTS, Row, arguments, finish, keep, said
 
 from clipindex.allocator import keep_freed_memory
 from clipindex.batch_size import fastest_batch_size
@@ -58,7 +59,7 @@ STEPS_S = {
     "feed": 50,
     "encode_paths": 45,
 }
-"""At most, of each, in this order; the last one has all that is left, which is more where others end early."""
+"""At most, of each, in this order; but the last has all that is left, if that is as much as this."""
 KILL_S = 10
 """Between being asked to end and being killed."""
 JOB_S = 6.0
@@ -97,12 +98,14 @@ def _every_step(options: argparse.Namespace) -> None:
     ours = ["--work", str(options.work), "--images", str(options.images), "--models", *options.models]
     for step, most_s in STEPS_S.items():
         left_s = until - time.perf_counter() - KILL_S
-        limit_s = left_s if step == "encode_paths" else min(most_s, left_s)
+        limit_s = min(most_s, left_s)
         started = time.perf_counter()
         print(f"\n== {step}", flush=True)
         if step == "encode_paths":
+            limit_s = left_s if left_s >= most_s else 0.0
             # It ends by itself, and in time; the rest is for beginning and ending.
-            command = ["encode_paths.py", "--limit-s", str(limit_s - KILL_S), *device, *kept]
+            largest = encode_paths.MODELS[options.chosen.type][0]
+            command = ["encode_paths.py", "--limit-s", str(limit_s - KILL_S), "--models", largest, *device, *kept]
         elif step == "feed":
             command = ["feed.py", "--threads", str(num_cores()), "--seconds", str(FEED_S), *kept]
         else:
@@ -231,9 +234,8 @@ def _row(found: Measurement) -> Row:
 
 
 def _failed(stage: str, error: Exception) -> Row:
-    said = " ".join(str(error).split())[:300]
     rates: Row = {"images_per_s": "-", "ceiling_per_s": "-", "ratio": "-"}
-    return {"stage": stage, "setting": "-", **rates, "note": f"failed: {type(error).__name__}: {said}"}
+    return {"stage": stage, "setting": "-", **rates, "note": f"failed: {said(error)}"}
 
 
 STEPS = {

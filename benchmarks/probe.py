@@ -166,7 +166,7 @@ def _clipindex(root: Path, device: str, **options: float | None) -> dict[str, fl
 
 
 def _torch_lbfgs(root: Path, device: str) -> dict[str, float]:
-    """`TOLERANCE` is scikit-learn's, and so are the pairs that are remembered; all else is PyTorch's default."""
+    """Steps by the strong Wolfe conditions; the gradient to end at and the pairs remembered are scikit-learn's."""
     import torch
 
     from clipindex.devices import choose_device
@@ -180,7 +180,12 @@ def _torch_lbfgs(root: Path, device: str) -> dict[str, float]:
     weights = torch.zeros(NUM_CLASSES, DIM, device=where, requires_grad=True)
     intercept = torch.zeros(NUM_CLASSES, device=where, requires_grad=True)
     descent = torch.optim.LBFGS(
-        [weights, intercept], max_iter=1000, tolerance_grad=TOLERANCE, history_size=10, line_search_fn="strong_wolfe"
+        [weights, intercept],
+        max_iter=1000,
+        tolerance_grad=TOLERANCE,
+        tolerance_change=0,
+        history_size=10,
+        line_search_fn="strong_wolfe",
     )
     passes = 0
 

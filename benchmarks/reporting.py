@@ -16,6 +16,11 @@ RESULTS = Path(__file__).parent / "results"
 Row = dict[str, str | float | int]
 
 
+def said(error: BaseException) -> str:
+    """What an error says, in a row's one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def arguments(description: str | None) -> argparse.ArgumentParser:
     """A parser that knows --save."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -17,8 +17,8 @@ from clipindex.types import Encoding, Float32Array, UInt8Array, Vectors
 
 log = logging.getLogger(__name__)
 
-_EXHAUSTED = ("_STATUS_ALLOC_FAILED", "unable to find an engine", "DefaultCPUAllocator")
-"""Of plain RuntimeErrors for want of memory: cuBLAS's and cuDNN's for their workspaces, and that of a CPU."""
+_EXHAUSTED = ("CUDA error: out of memory", "_STATUS_ALLOC_FAILED", "unable to find an engine", "DefaultCPUAllocator")
+"""Of plain RuntimeErrors for want of memory: the driver's, cuBLAS's and cuDNN's for their workspaces, and a CPU's."""
 _TEXT_BATCH = 256
 _TEXT_LENGTH_STEP = 16  # tokens; few shapes, so that similar texts are computed alike
 
@@ -62,7 +62,7 @@ class ImageTower:
         """Memory for images, uint8 [size, H, W, 3]: pinned where the device is CUDA, which copies from it unwaited."""
         shape = (size, *self.info.preprocess.size, 3)
         if self._device.type != "cuda":
-            return np.zeros(shape, np.uint8)
+            return np.zeros(shape, np.uint8)  # PyTorch's would give the caller's thread a team of OpenMP's, see `apart`
         memory: UInt8Array = torch.zeros(shape, dtype=torch.uint8, pin_memory=True).numpy()
         return memory
 

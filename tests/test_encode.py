@@ -208,11 +208,12 @@ def test_towers_leave_the_model_alone_and_let_the_rest_go(tmp_path, precision):
     "exhausted",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("GET was unable to find an engine to execute this computation"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"),
     ],
-    ids=["allocator", "cuBLAS", "cuDNN", "CPU"],
+    ids=["allocator", "driver", "cuBLAS", "cuDNN", "CPU"],
 )
 def test_memory_that_is_too_small_halves_the_batch_and_loses_no_row(tmp_path, caplog, exhausted):
     """The limit stands in for a device's memory, whose end PyTorch reports by these very exceptions."""

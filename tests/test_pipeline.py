@@ -204,8 +204,8 @@ def test_a_device_of_its_own_has_its_next_batch_before_the_last_one_is_waited_fo
         np.testing.assert_array_equal(later.embedding, sooner.embedding)
 
 
-@pytest.mark.parametrize(("device", "sizes"), [("cuda:0", {16}), ("cpu", {16, 39 % 16})])
-def test_a_device_of_its_own_gets_batches_of_one_shape(tmp_path, device, sizes):
+@pytest.mark.parametrize(("device", "sizes"), [("cuda:0", {16, 8}), ("cpu", {16, 39 % 16})])
+def test_a_device_of_its_own_gets_batches_of_few_shapes(tmp_path, device, sizes):
     class Shapes(PixelEncoder):
         seen: list[int] = []
 

@@ -1,4 +1,5 @@
 import contextlib
+import signal
 import threading
 import time
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info
 
-from clipindex.threads import map_in_order, prefetch
+from clipindex.threads import apart, map_in_order, prefetch
 
 
 def test_results_come_in_order_and_few_items_are_drawn_ahead():
@@ -95,3 +96,31 @@ def test_closing_stops_the_thread_and_closes_the_source():
     ahead.close()
     assert closed.is_set()
     assert threading.active_count() == before
+
+
+def test_what_is_called_apart_has_a_thread_that_is_gone_afterwards():
+    seen = []
+    assert apart(lambda: seen.append(threading.current_thread()) or 7) == 7
+    assert seen[0] is not threading.main_thread() and not seen[0].is_alive()
+
+    def fail():
+        raise ValueError("not this one")
+
+    with pytest.raises(ValueError, match="not this one"):
+        apart(fail)
+
+
+def test_an_interrupted_call_apart_is_not_waited_for():
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    done = threading.Event()
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            apart(lambda: done.wait(60))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not done.is_set()
+    done.set()

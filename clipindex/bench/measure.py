@@ -97,14 +97,18 @@ def measure_device_decode(
     mine = [(s.image, size) for s in samples if (size := decoder.size_of(s.image)) is not None]
     if not mine:
         raise UsageError(f"none of {len(samples)} images of {setting} are for {device}")
-    _check_decodes(decoder.device, mine[0][0])
+    _check_decodes(device, mine[0][0])
     chunks = [mine[at : at + chunk] for at in range(0, len(mine), chunk)]
     pixels = np.empty((len(mine), *preprocess.size, 3), np.uint8)
     fewest = len(mine)
+    whole = set(range(len(chunks)))
 
     def decode_chunk(at: int) -> int:
         images, sizes = zip(*chunks[at], strict=True)
-        return sum(decoder.decode(images, sizes, list(pixels[at * chunk :][: len(images)]))[0])
+        decoded, _ = decoder.decode(images, sizes, list(pixels[at * chunk :][: len(images)]))
+        if not all(decoded):
+            whole.discard(at)  # alone, the decoder raises there
+        return sum(decoded)
 
     def decode() -> int:
         nonlocal fewest
@@ -114,12 +118,14 @@ def measure_device_decode(
         return decoded
 
     rate = best_rate(decode)
+    if not whole:
+        raise RuntimeError(f"{device} decoded no {chunk} images without leaving one out: {decoder.last_error}")
     failed = f", which decoded {fewest} of them: {decoder.last_error}" if fewest < len(mine) else ""
     return Measurement(
         stage="decode",
-        setting=f"{setting} to {preprocess.size[1]}x{preprocess.size[0]}, {decoder.device}, {chunk} a call",
+        setting=f"{setting} to {preprocess.size[1]}x{preprocess.size[0]}, {device}, {chunk} a call",
         images_per_s=rate,
-        ceiling_per_s=ceilings.device_jpegs_per_s([[image for image, _ in part] for part in chunks], decoder.device),
+        ceiling_per_s=ceilings.device_jpegs_per_s([[image for image, _ in chunks[at]] for at in sorted(whole)], device),
         ceiling=f"torchvision's decoder on the device, {AT_ONCE} calls at once, without the resize",
         note=f"{len(mine)} of {len(samples)} images are for the device{failed}",
     )

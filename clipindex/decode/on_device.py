@@ -208,7 +208,7 @@ def decode_jpegs(images: Sequence[bytes], device: torch.device) -> list[torch.Te
     import torchvision.io  # here, since it takes seconds, and few runs have such a device
 
     mode = torchvision.io.ImageReadMode.RGB.value
-    together = torch.frombuffer(bytearray().join(images), dtype=torch.uint8)  # of bytes it would warn: nobody may write
+    together = torch.frombuffer(bytearray().join(images), dtype=torch.uint8)  # frombuffer warns of read-only memory
     encoded = list(together.split_with_sizes([len(data) for data in images]))
     if device.type == "cuda":
         # torchvision makes its decoder anew where a device is called by another name.

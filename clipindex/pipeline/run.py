@@ -222,18 +222,27 @@ def _encode(
 ) -> Iterator[EncodedBatch]:
     """Send each batch home; a device of its own has the next one by then, and never waits for this thread.
 
-    Such a device prepares for each shape, so all batches have one. Nobody reads what comes of slots without images.
+    Such a device prepares for each shape, so batches have few: all of the buffer, a half, a quarter. Nobody reads what
+    comes of slots without images.
     """
     ahead = 1 if has_own_device else 0
     begun: deque[Callable[[], EncodedBatch]] = deque()
     with contextlib.closing(decoded(batches, clock)) as ready:
         for batch, outcomes in ready:
-            images = batch.images if has_own_device else batch.images[: batch.used]
+            images = batch.images[: _shape(batch) if has_own_device else batch.used]
             begun.append(_begun(batch, images, outcomes, begin, clock))
             if len(begun) > ahead:
                 yield begun.popleft()()
     while begun:
         yield begun.popleft()()
+
+
+def _shape(batch: Batch) -> int:
+    """The buffer's size, halved as long as it holds what there is: large images and many rejects end a batch early."""
+    size = len(batch.images)
+    while size // 2 >= max(batch.used, 1):
+        size //= 2
+    return size
 
 
 def _begun(
