@@ -216,6 +216,18 @@ def test_a_picture_of_that_grey_is_a_row_as_any_other(tmp_path, reason):
     assert (share.way, share.num_decoded) == ("cuda", 40), share.reason
 
 
+@pytest.mark.parametrize(("reason", "way", "num_decoded"), [(None, "cpu", 0), ("asked for", "cuda", 40)])
+def test_many_pictures_of_that_grey_are_no_faults_of_the_device(tmp_path, reason, way, num_decoded):
+    grey = encoded(Image.new("RGB", (80, 60), (on_device.BLANK,) * 3))
+    placeholders = [(f"a{at:03}.jpg", grey) for at in range(32 * (MOST_FAULTS + 1))]
+    write_tar(tmp_path / "a.tar", [*placeholders, *labelled([f"k{at:02}" for at in range(40)])])
+    share = shared(reason=reason, threads=0)
+    (result,) = run(tmp_path / "a.tar", tmp_path / "out", share)
+    assert result.record.rows == result.record.samples == len(placeholders) + 40
+    assert (share.way, share.num_decoded) == (way, num_decoded), share.reason
+    assert reason or "all grey" in share.reason
+
+
 @pytest.mark.cuda
 def test_the_decoder_gets_the_memory_that_was_greyed_out(monkeypatch):
     there = decoder("cuda")
