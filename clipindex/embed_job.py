@@ -22,7 +22,7 @@ from clipindex.pipeline.device_share import DECODE, DeviceShare, obstacle, share
 from clipindex.shards import MAX_BYTES, list_shards
 from clipindex.stages import StageTimes, stage_times
 from clipindex.store import DTYPES, Dataset, Plan, ShardRecord, open_dataset, plan_shards, published_shards
-from clipindex.threads import apart, num_cores, one_thread
+from clipindex.threads import drop_openmp_threads, num_cores
 from clipindex.types import ImageEncoder, ModelInfo, ModelSpec, Shard
 from clipindex.version import CREATED_BY
 
@@ -156,6 +156,7 @@ def embed(
         wanted = encoders[0].info.preprocess
         share = share_decoding(decode, devices, wanted, fast=fast, max_pixels=max_pixels, decode_threads=threads)
     tally = _Tally(on_progress)
+    drop_openmp_threads()  # which loading and measuring called for here: the thread that encodes has its own
     for result in embed_shards(
         plan.todo,
         encoders,
@@ -220,12 +221,9 @@ def _load_towers(
     """The image tower on each device, and the description of its features before the projection if both are kept."""
     chosen_precision = choose_precision(precision, devices[0])
     both = features == "both"
-    with one_thread():  # as `apart`: only the thread that encodes needs more
-        loaded = load_model(spec, pre_projection=features == "pre-projection")
-        before_projection = loaded.before_projection() if both else None
-        towers = [
-            ImageTower(loaded, device=one, precision=chosen_precision, with_pre_projection=both) for one in devices
-        ]
+    loaded = load_model(spec, pre_projection=features == "pre-projection")
+    before_projection = loaded.before_projection() if both else None
+    towers = [ImageTower(loaded, device=one, precision=chosen_precision, with_pre_projection=both) for one in devices]
     return towers, before_projection
 
 
@@ -305,6 +303,6 @@ def _check_range(name: str, value: int, most: int | None) -> None:
 
 
 def _measured_batch_size(encoder: ImageEncoder) -> int:
-    size, rate = apart(lambda: fastest_batch_size(encoder))
+    size, rate = fastest_batch_size(encoder)
     log.info("batch size %d, at which %s encodes %.0f images/s", size, encoder.device, rate)
     return size

@@ -62,7 +62,7 @@ class ImageTower:
         """Memory for images, uint8 [size, H, W, 3]: pinned where the device is CUDA, which copies from it unwaited."""
         shape = (size, *self.info.preprocess.size, 3)
         if self._device.type != "cuda":
-            return np.zeros(shape, np.uint8)  # PyTorch's would give the caller's thread a team of OpenMP's, see `apart`
+            return np.zeros(shape, np.uint8)  # PyTorch's would have OpenMP's threads for the caller's
         memory: UInt8Array = torch.zeros(shape, dtype=torch.uint8, pin_memory=True).numpy()
         return memory
 

@@ -1,6 +1,7 @@
 """Threads: how many the machine has cores for, and work done in them whose results come in order."""
 
 import contextlib
+import ctypes
 import os
 import queue
 import threading
@@ -10,11 +11,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+_OMP_PAUSE_SOFT = 1
 _POLL_S = 0.1
 """How soon a producer notices that its consumer has gone; costs nothing while items flow."""
 
@@ -59,28 +61,17 @@ def _map_in_order(
         yield running.popleft().result()
 
 
-def apart(function: Callable[[], Result]) -> Result:
-    """Call a function in a thread that ends with it, and so do the threads that OpenMP has for that one.
+def drop_openmp_threads() -> None:
+    """Let go of the threads that OpenMP keeps for the calling thread; it gets others when it needs some.
 
-    On a CPU, PyTorch keeps OpenMP's threads for each thread that called it. When they are more than cores, they sleep
-    at the ends of parallel regions instead of spinning, hundreds of times a batch: 3 to 5 % of an encoder's time.
-    What the function raises is raised here. What is raised here meanwhile, by Ctrl-C, does not wait for it.
+    On a CPU, PyTorch has such threads for each thread that called it. When all of them are more than cores, they sleep
+    at the ends of parallel regions instead of spinning, hundreds of times a batch: 3 to 5 % of an encoder's time. By
+    `omp_pause_resource_all` (OpenMP 5.0, 3.2.44), where the library has that.
     """
-    future: Future[Result] = Future()
-
-    def call() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:  # noqa: BLE001 - it travels to the caller
-            future.set_exception(error)
-
-    thread = threading.Thread(target=call, daemon=True, name="apart")
-    thread.start()
-    try:
-        return future.result()
-    finally:
-        if future.done():
-            thread.join()
+    for library in threadpool_info():
+        if library["user_api"] == "openmp":
+            with contextlib.suppress(AttributeError):
+                ctypes.CDLL(library["filepath"]).omp_pause_resource_all(_OMP_PAUSE_SOFT)
 
 
 @contextlib.contextmanager

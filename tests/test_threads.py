@@ -1,5 +1,6 @@
 import contextlib
-import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info
 
-from clipindex.threads import apart, map_in_order, prefetch
+from clipindex.threads import map_in_order, prefetch
 
 
 def test_results_come_in_order_and_few_items_are_drawn_ahead():
@@ -98,29 +99,23 @@ def test_closing_stops_the_thread_and_closes_the_source():
     assert threading.active_count() == before
 
 
-def test_what_is_called_apart_has_a_thread_that_is_gone_afterwards():
-    seen = []
-    assert apart(lambda: seen.append(threading.current_thread()) or 7) == 7
-    assert seen[0] is not threading.main_thread() and not seen[0].is_alive()
+def test_openmp_lets_go_of_its_threads_and_gets_them_again():
+    program = """
+import os, torch
+from clipindex.threads import drop_openmp_threads
 
-    def fail():
-        raise ValueError("not this one")
+def count():
+    return len(os.listdir("/proc/self/task"))
 
-    with pytest.raises(ValueError, match="not this one"):
-        apart(fail)
-
-
-def test_an_interrupted_call_apart_is_not_waited_for():
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-
-    done = threading.Event()
-    before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.05)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            apart(lambda: done.wait(60))
-    finally:
-        signal.signal(signal.SIGALRM, before)
-    assert not done.is_set()
-    done.set()
+torch.set_num_threads(4)
+matrix = torch.rand(1 << 20)
+before = count()
+for _ in range(2):
+    (matrix + matrix).sum()
+    print(count() - before)
+    drop_openmp_threads()
+    print(count() - before)
+print(torch.get_num_threads())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["3", "0", "3", "0", "4"]

@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from clipindex.devices import choose_device, choose_precision
 from clipindex.encode import ImageTower
 from clipindex.errors import UsageError
 from clipindex.models import LoadedModel, load_model
-from clipindex.threads import apart, num_cores, one_thread
+from clipindex.threads import num_cores
 from clipindex.types import ModelSpec, Preprocess
 
 log = logging.getLogger(__name__)
@@ -122,18 +121,17 @@ def bench(
         on_step("reading tars")
         note(measure_read(small[0], _name(SMALL_SIZE)))
         on_step("matrix products")
-        products = {name: apart(partial(product_flops_per_s, chosen, name)) for name in names}
+        products = {name: product_flops_per_s(chosen, name) for name in names}
         for spec in specs:
             on_step(f"loading {spec.name}")
-            with one_thread():
-                loaded = load_model(spec)
+            loaded = load_model(spec)
             on_step(f"decoding for {spec.name}")
             decoding = _decoders(small[:1], large, loaded.info.preprocess, chosen)
             note(*itertools.chain(*decoding.values()))
             decode_per_s = {where: found[0].images_per_s for where, found in decoding.items()}
             note(measure_write(folder / "write", loaded.info))
             for name in names:
-                encoding = apart(partial(_encoders, loaded, chosen, name, batch_sizes, products[name], on_step))
+                encoding = _encoders(loaded, chosen, name, batch_sizes, products[name], on_step)
                 note(*(row for _, row in encoding))
                 size, fastest = max(encoding, key=lambda one: one[1].images_per_s)
                 if chosen.type == "cuda":
