@@ -335,18 +335,8 @@ def _parts(setting: Setting) -> str:
 def row_of(model: str, way: str, **found: str | float) -> Row:
     """All columns in order; '-' where nothing is known."""
     cosines = [f"{n}, {what}" for n in WEIGHTS for what in ("least", "mean")]
-    names = (
-        "device",
-        "batch",
-        "images_per_s",
-        "of_shipped",
-        "start_s",
-        "again_s",
-        "pays_after",
-        "of_product",
-        *cosines,
-        "note",
-    )
+    names = ["device", "batch", "images_per_s", "of_shipped", "start_s", "again_s", "pays_after", "of_product"]
+    names += [*cosines, "note"]
     row: Row = {"model": model, "way": way}
     for name in names:
         value = found.get(name, "-")
