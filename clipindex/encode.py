@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from clipindex.devices import PRECISIONS, stopwatch
-from clipindex.errors import ModelError, UsageError
+from clipindex.errors import ModelError, UsageError, first_line
 from clipindex.models import LoadedModel, Project, cut_projection
 from clipindex.towers import placed, use_fast_layers
 from clipindex.types import Encoding, Float32Array, UInt8Array, Vectors
@@ -118,10 +118,8 @@ class ImageTower:
     def _halve(self, wanted: int, error: RuntimeError) -> None:
         tried = min(self._fitting, wanted)
         if tried == 1:
-            said = str(error).partition("\n")[0]
-            raise UsageError(
-                f"{self.device} has no memory for one image; free some, or take another device ({said})"
-            ) from error
+            remedy = f"free some, or take another device ({first_line(error)})"
+            raise UsageError(f"{self.device} has no memory for one image; {remedy}") from error
         self._fitting = tried // 2
         torch.cuda.empty_cache()
         log.warning("%s has no memory for %d images at once: going on with %d", self.device, tried, self._fitting)

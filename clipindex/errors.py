@@ -39,3 +39,8 @@ class ClassesError(ClipindexError, ValueError):
 
 class IndexingError(ClipindexError, ValueError):
     """An index that cannot be built as asked, or finds too little."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the stack of C++ that PyTorch appends; its kind where it says nothing."""
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -20,7 +20,7 @@ from clipindex.decode import MAX_PIXELS, decode_image
 from clipindex.decode.on_device import AT_ONCE, DeviceDecoder, decode_jpegs
 from clipindex.embed_job import EmbedSummary, embed
 from clipindex.encode import ImageTower
-from clipindex.errors import UsageError
+from clipindex.errors import UsageError, first_line
 from clipindex.pipeline.device_share import CHUNK
 from clipindex.shards import list_shards, read_samples
 from clipindex.store import ShardWriter, open_dataset
@@ -100,32 +100,29 @@ def measure_device_decode(
     _check_decodes(device, mine[0][0])
     chunks = [mine[at : at + chunk] for at in range(0, len(mine), chunk)]
     pixels = np.empty((len(mine), *preprocess.size, 3), np.uint8)
-    fewest = len(mine)
-    whole = set(range(len(chunks)))
+    fewest = [len(part) for part in chunks]
 
     def decode_chunk(at: int) -> int:
         images, sizes = zip(*chunks[at], strict=True)
-        decoded, _ = decoder.decode(images, sizes, list(pixels[at * chunk :][: len(images)]))
-        if not all(decoded):
-            whole.discard(at)  # alone, the decoder raises there
-        return sum(decoded)
-
-    def decode() -> int:
-        nonlocal fewest
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            decoded = sum(pool.map(decode_chunk, range(len(chunks))))
-        fewest = min(fewest, decoded)
+        decoded = sum(decoder.decode(images, sizes, list(pixels[at * chunk :][: len(images)]))[0])
+        fewest[at] = min(fewest[at], decoded)
         return decoded
 
+    def decode() -> int:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return sum(pool.map(decode_chunk, range(len(chunks))))
+
     rate = best_rate(decode)
+    # Without those of which an image failed, at which the bare decoder raises.
+    whole = [[image for image, _ in part] for part, decoded in zip(chunks, fewest, strict=True) if decoded == len(part)]
     if not whole:
         raise RuntimeError(f"{device} decoded no {chunk} images without leaving one out: {decoder.last_error}")
-    failed = f", which decoded {fewest} of them: {decoder.last_error}" if fewest < len(mine) else ""
+    failed = f", which decoded {sum(fewest)} of them: {decoder.last_error}" if sum(fewest) < len(mine) else ""
     return Measurement(
         stage="decode",
         setting=f"{setting} to {preprocess.size[1]}x{preprocess.size[0]}, {device}, {chunk} a call",
         images_per_s=rate,
-        ceiling_per_s=ceilings.device_jpegs_per_s([[image for image, _ in chunks[at]] for at in sorted(whole)], device),
+        ceiling_per_s=ceilings.device_jpegs_per_s(whole, device),
         ceiling=f"torchvision's decoder on the device, {AT_ONCE} calls at once, without the resize",
         note=f"{len(mine)} of {len(samples)} images are for the device{failed}",
     )
@@ -141,7 +138,7 @@ def _check_decodes(device: torch.device, image: bytes) -> None:
         decode_jpegs([image], device)
         synchronizer(device)()
     except Exception as error:  # nvJPEG's, the driver's, or of torchvision that was built without
-        raise RuntimeError(f"{device} cannot decode JPEGs: {str(error).partition(chr(10))[0]}") from error
+        raise RuntimeError(f"{device} cannot decode JPEGs: {first_line(error)}") from error
 
 
 def measure_copy(tower: ImageTower, batch_size: int, device: torch.device) -> Measurement:

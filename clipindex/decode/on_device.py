@@ -30,7 +30,7 @@ import torch
 
 from clipindex.decode.baseline import Baseline, read_baseline
 from clipindex.decode.geometry import LARGE_PIXELS, check_pixels, crop_origin, is_plain, resized_size
-from clipindex.errors import SampleError
+from clipindex.errors import SampleError, first_line
 from clipindex.types import Preprocess, UInt8Array
 
 BATCH_PIXELS = 2 * LARGE_PIXELS
@@ -136,7 +136,7 @@ class DeviceDecoder:
                 place.pixels = self._host_memory(len(images))
             pixels = self._pixels(images, sizes, place)
         except Exception as error:  # nvJPEG's, CUDA's out of memory: whatever it is, one image may be the cause
-            self.last_error = str(error).partition("\n")[0] or type(error).__name__
+            self.last_error = first_line(error)
             log.debug("%d images on %s: %s", len(images), self.device, self.last_error)
             return [False] * len(images), self.last_error
         found = [not is_blank(decoded) for decoded in pixels]

@@ -127,11 +127,11 @@ class DeviceShare:
         """Whether a chunk can be kept, by one image of it that the CPU decodes as well."""
         done = [at for at, is_decoded in enumerate(decoded) if is_decoded]
         fault = None
-        if not done and len(images) >= TRIAL_IMAGES and not _is_grey(images[0], decoder.preprocess):
-            fault = f"none of {len(images)} images could be decoded ({decoder.last_error})"
         if done:
             at = done[next(self._turns) % len(done)]
             fault = _difference(images[at], pixels[at], decoder.preprocess, self._is_exact)
+        elif len(images) >= TRIAL_IMAGES and not _is_grey(images[0], decoder.preprocess):
+            fault = f"none of {len(images)} images could be decoded ({decoder.last_error})"
         with self._lock:
             if fault is None:
                 self.num_decoded += len(done)
@@ -244,14 +244,11 @@ def _try_out(
     except SampleError as error:
         return False, f"of the first images there is one of which the CPU says: {error}"
     missing = sum(not is_decoded and not is_blank(one) for is_decoded, one in zip(decoded, expected, strict=True))
-    if not missing and not any(decoded):
-        return (
-            False,
-            f"the first {len(images)} images are all grey, as {decoder.device} leaves what it skips",
-        )
     if missing:
         failed = f"{missing} of {len(images)} ordinary JPEGs"
         return False, f"{decoder.device} could not decode {failed} ({decoder.last_error})"
+    if not any(decoded):
+        return False, f"the first {len(images)} images are all grey, as {decoder.device} leaves what it skips"
     fault = _deviation(expected[decoded], pixels[decoded], FAST_DEVIATION if fast else None)
     if fault is not None:
         return False, f"on {decoder.device} {fault}; --decode cuda takes them as they are"
